@@ -1,0 +1,202 @@
+"""The whole schema with its defaults, and how a config is loaded, overridden and checked.
+
+A config file is a module with `get_config()` that starts from `default()` and changes what it needs. On the command
+line `--config=FILE --config.optim.lr=1e-4` overrides any key; an unknown key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class UserError(Exception):
+    """A user's mistake: one plain sentence that says what, where and how to mend it. Shown without a traceback."""
+
+
+def default() -> ConfigDict:
+    """Every key there is, with its default. `None` means "decide from the rest", as the comment beside it says."""
+    c = ConfigDict()
+    c.task = "sft"  # sft | pretrain | classify
+    c.seed = 0  # of everything random: init, order, dropout, noise, sampling
+
+    c.model = ConfigDict()
+    c.model.path = ""  # a local Hugging Face directory or a hub id
+    c.model.revision = None  # of a hub id
+    c.model.trust_remote_code = False  # lets the tokenizer run code from the checkpoint
+    c.model.adapter = None  # a PEFT adapter directory to start from (method lora)
+    c.model.dtype = None  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
+    c.model.scan = True  # one compiled layer body; False unrolls it
+    c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
+
+    c.method = "lora"  # lora | full | freeze
+    c.lora = ConfigDict()
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+    c.lora.dropout = 0.0
+    c.lora.targets = "all-linear"  # all-linear, or names and regexes: ("q_proj", "v_proj")
+    c.lora.rslora = False  # scale alpha / sqrt(rank), arXiv:2312.03732
+    c.freeze = ConfigDict()
+    c.freeze.last_n_layers = 0  # train these last decoder layers ...
+    c.freeze.train = ()  # ... and leaves whose Hugging Face name matches one of these regexes
+
+    c.data = ConfigDict()
+    c.data.train = ()  # a path, glob, directory or hub id; several; or {"path":, "weight":, "format":, "columns":}
+    c.data.eval = None  # held-out rows; None = split off from train
+    c.data.split = (8, 1, 1)  # train : eval : test where eval is None; by content, so duplicates stay together
+    c.data.format = "auto"  # alpaca | sharegpt | messages | prompt_completion | label | text
+    c.data.columns = ConfigDict({}, allow_dotted_keys=False)  # canonical name -> the file's own column, e.g. {"instruction": "question"}
+    c.data.roles = ConfigDict({})  # the file's role -> the template's role, e.g. {"human": "user"}
+    c.data.system = None  # a system prompt for rows that have none
+    c.data.label_prompt = "{text}"  # format label: the user's turn, with {text} and {labels}
+    c.data.template = None  # a built-in name (chatml, llama3) or a .jinja file; None = the model's own, else chatml
+    c.data.loss_on = "answers"  # answers | last_answer | all
+    c.data.max_length = 1024
+    c.data.packing = True
+    c.data.on_bad_row = "error"  # error | skip (to rejected.jsonl)
+    c.data.on_overlong = "drop"  # drop | truncate | error
+    c.data.workers = None  # tokenising processes; None = one a core
+    c.data.cache_dir = None  # None = ~/.cache/sftjax/data
+
+    c.loss = ConfigDict()
+    c.loss.label_smoothing = 0.0
+    c.loss.z_loss = 0.0
+    c.loss.neftune_alpha = 0.0  # 0 = off; 5 is the paper's choice, arXiv:2310.05914
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw | adam | sgd | lion | adafactor | muon
+    c.optim.lr = 2e-4
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0  # never on norms and biases
+    c.optim.clip = 1.0  # global gradient norm; 0 = off
+    c.optim.schedule = "cosine"  # cosine | linear | constant | wsd
+    c.optim.warmup = 0.03  # below 1 a share of all steps, else steps
+    c.optim.decay = 0.1  # wsd: the share of steps that decays at the end
+    c.optim.final_lr = 0.0  # as a share of lr
+
+    c.train = ConfigDict()
+    c.train.epochs = 1.0  # used where steps is None
+    c.train.steps = None
+    c.train.batch_size = 8  # rows of max_length a step, over all devices
+    c.train.micro_batch = None  # rows at a time; None = batch_size, more are accumulated by tokens
+    c.train.log_every = 10
+    c.train.eval_every = None  # steps; None = ten times a run; 0 = only at the end
+    c.train.save_every = None  # steps; None = as eval_every; 0 = only at the end
+    c.train.keep = 2  # last checkpoints kept, beside the best
+    c.train.patience = 0  # evaluations without improvement before stopping; 0 = never
+    c.train.max_bad_steps = 5  # non-finite updates in a row before the run stops
+    c.train.tensorboard = True
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = None  # None = micro_batch
+    c.eval.generate = 0  # held-out prompts answered before and after training; 0 = none
+    c.eval.max_new_tokens = 128
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 = the rest
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ConfigDict:
+    """The config of file `path`, with `key=value` overrides applied. Raises UserError."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--config={path}: no such file; try --config=configs/sft_lora.py")
+    spec = importlib.util.spec_from_file_location("sftjax_user_config", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except SyntaxError as e:
+        raise UserError(f"{file}:{e.lineno}: {e.msg}") from e
+    except AttributeError as e:  # an unknown key set on the locked ConfigDict, or no get_config
+        raise UserError(f"{file}: {str(e).splitlines()[0].strip(chr(34))}") from e
+    for item in overrides:
+        key, _, value = item.partition("=")
+        override(config, key, value)
+    check(config)
+    return config
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets dotted `key` from its command-line text, in the type of the value it replaces."""
+    known = dict(flatten(config))
+    parent = key.rpartition(".")[0]
+    free = parent in ("data.columns", "data.roles")
+    if key not in known and not free:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean --config.{near[0]}?" if near else ""
+        raise UserError(f"--config.{key}: no such key{hint}")
+    node = config
+    *path, name = key.split(".")
+    for part in path:
+        node = node[part]
+    value = parse(key, text, known.get(key, ""))
+    with node.unlocked(), node.ignore_type():
+        node[name] = value
+
+
+def parse(key: str, text: str, old: Any) -> Any:
+    """`text` as a value of the kind `old` is; raises UserError where it is not one."""
+    try:
+        literal = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        literal = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(old, bool) and not isinstance(literal, bool):
+        raise UserError(f"--config.{key}={text}: needs true or false")
+    if isinstance(old, (int, float)) and not isinstance(old, bool):
+        if isinstance(literal, bool) or not isinstance(literal, (int, float)):
+            raise UserError(f"--config.{key}={text}: needs a number")
+        if isinstance(old, int) and not float(literal).is_integer():
+            raise UserError(f"--config.{key}={text}: needs a whole number")
+        return type(old)(literal)
+    if isinstance(old, str):
+        return text
+    if isinstance(old, tuple) and isinstance(literal, str):
+        return tuple(part for part in literal.split(",") if part)
+    return literal
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted key and value of every leaf, in the schema's order."""
+    out: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and len(value):
+            out += flatten(value, f"{prefix}{key}.")
+        else:
+            out.append((prefix + key, value))
+    return out
+
+
+CHOICES = {
+    "task": ("sft", "pretrain", "classify"),
+    "model.dtype": (None, "float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "method": ("lora", "full", "freeze"),
+    "data.format": ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "label", "text"),
+    "data.loss_on": ("answers", "last_answer", "all"),
+    "data.on_bad_row": ("error", "skip"),
+    "data.on_overlong": ("drop", "truncate", "error"),
+    "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values outside their choices and combinations that mean nothing, naming both. Raises UserError."""
+    values = dict(flatten(config))
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            near = difflib.get_close_matches(str(values[key]), [str(a) for a in allowed], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"--config.{key}={values[key]}: needs one of {', '.join(map(str, allowed))}{hint}")

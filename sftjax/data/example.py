@@ -1,0 +1,42 @@
+"""Example: one canonical row, whatever the file it came from looked like. It knows its file and line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `loss` is None (decided by data.loss_on), or the row's own weight of this turn's tokens."""
+
+    role: str
+    content: Any  # str, None (a pure tool call), or a list of typed parts for templates that know them
+    loss: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # tool_calls, name, reasoning_content, ... as the template sees them
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Exactly one of `messages`, `completion` and `text` is set.
+
+    messages    a conversation, rendered by the chat template
+    completion  (prompt, completion) raw strings, no template; the completion and its EOS are trained
+    text        plain text, every token trained
+    """
+
+    source: str  # the file (or hub id) as the user named it
+    line: int  # 1-based: the line in .jsonl/.csv/.tsv/.txt, the row in .json/.parquet/hub
+    messages: tuple[Message, ...] | None = None
+    completion: tuple[str, str] | None = None
+    text: str | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    label: str | None = None
+
+
+class RowError(ValueError):
+    """A row that cannot be used. `field` names the part at fault, the message says why, in plain words."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"{field}: {reason}" if field else reason)
+        self.field, self.reason = field, reason
