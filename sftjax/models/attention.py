@@ -1,0 +1,124 @@
+"""Causal attention bounded by segments, without a [B, N, T, T] array forward or backward.
+
+    o_t = sum_s softmax_s(scale * q_t . k_s) v_s    over s <= t, segment(s) = segment(t), t - s < window
+
+Queries go in chunks; a chunk sees only the keys before its own end (and within its window), so causality halves the
+work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
+(arXiv:2205.14135, algorithm 4). Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from sftjax import sharding
+
+FAR = 2**30  # a window that sees everything
+MASKED = -1e30  # finite, so that a fully masked row gives a uniform mean and never nan
+
+
+def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Array | None = None, scale: float) -> Array:
+    """q [B, T, N, H], k and v [B, T, K, H], segments [B, T] -> [B, T, N, H] in q's dtype.
+
+    `window` counts the keys a query sees, its own included; an Array where it differs from layer to layer of a scan.
+    """
+    fn = partial(_attention, static_window=window if isinstance(window, int) else None, scale=scale)
+    window = jnp.asarray(FAR if window is None else window, jnp.int32)
+    mesh = sharding.mesh_in_use()
+    if mesh is None:
+        return fn(q, k, v, segments, window)
+    # each device loops over its own rows and heads: a loop over a sharded axis would gather it
+    heads = P(sharding.BATCH, None, sharding.HEADS, None)
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=(heads, heads, heads, P(sharding.BATCH, None), P()), out_specs=heads, check_vma=False
+    )(q, k, v, segments, window)
+
+
+def cached_attention(q: Array, k: Array, v: Array, positions: Array, *, window: int | Array | None, scale: float) -> Array:
+    """q [B, T, N, H] against a cache k, v [B, S, K, H] whose slot s holds position s; positions [B, T] of the queries."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
+    seen = (behind >= 0) & (behind < (FAR if window is None else window))
+    probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(B, T, N, H)
+
+
+def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, static_window: int | None, scale: float) -> Array:
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    G = N // K
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
+    one = partial(_heads, static_window, scale)
+
+    def row(q: Array, k: Array, v: Array, segments: Array) -> Array:  # [K, G, T, H], [K, T, H], [T]
+        return _each(lambda x: one(*x, segments, window), (q, k, v))
+
+    o = _each(lambda x: row(*x), (q, k, v, segments))
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _each(fn, xs):
+    # CPU: batched products run several times slower there than plain ones, and a head's scores stay in cache
+    return jax.lax.map(fn, xs) if jax.default_backend() == "cpu" else jax.vmap(fn)(xs)
+
+
+def _chunks(T: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, first key, end) of each chunk of queries: keys outside [first key, end) are never seen."""
+    C = max(128, -(-T // 16))
+    starts = range(0, T, C)
+    return [(t, max(0, t - window + 1) if window else 0, min(t + C, T)) for t in starts]
+
+
+def _scores(q: Array, k: Array, segments: Array, window: Array, scale: float, t: int, s: int, end: int) -> Array:
+    """Masked scores of queries t:end against keys s:end, [G, C, S] float32."""
+    scores = jnp.einsum("gth,sh->gts", q[:, t:end], k[s:end], preferred_element_type=jnp.float32) * scale
+    behind = jnp.arange(t, end)[:, None] - jnp.arange(s, end)
+    seen = (behind >= 0) & (behind < window) & (segments[t:end, None] == segments[None, s:end])
+    return jnp.where(seen, scores, MASKED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _heads(static_window, scale, q, k, v, segments, window):
+    """One kv head and its G query heads: q [G, T, H], k and v [T, H] -> [G, T, H]."""
+    return _heads_fwd(static_window, scale, q, k, v, segments, window)[0]
+
+
+def _heads_fwd(static_window, scale, q, k, v, segments, window):
+    outs, lses = [], []
+    for t, s, end in _chunks(q.shape[1], static_window):
+        scores = _scores(q, k, segments, window, scale, t, s, end)
+        top = scores.max(-1, keepdims=True)
+        e = jnp.exp(scores - top)
+        total = e.sum(-1, keepdims=True)
+        outs.append(
+            (jnp.einsum("gts,sh->gth", e.astype(v.dtype), v[s:end], preferred_element_type=jnp.float32) / total).astype(q.dtype)
+        )
+        lses.append(top + jnp.log(total))
+    o, lse = jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+    return o, (q, k, v, segments, window, o, lse)
+
+
+def _heads_bwd(static_window, scale, residuals, do):
+    q, k, v, segments, window, o, lse = residuals
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for t, s, end in _chunks(q.shape[1], static_window):
+        p = jnp.exp(_scores(q, k, segments, window, scale, t, s, end) - lse[:, t:end])
+        dp = jnp.einsum("gth,sh->gts", do[:, t:end], v[s:end], preferred_element_type=jnp.float32)
+        ds = (p * (dp - delta[:, t:end]) * scale).astype(q.dtype)
+        dq.append(jnp.einsum("gts,sh->gth", ds, k[s:end]))
+        dk = dk.at[s:end].add(jnp.einsum("gts,gth->sh", ds, q[:, t:end], preferred_element_type=jnp.float32))
+        dv = dv.at[s:end].add(jnp.einsum("gts,gth->sh", p.astype(do.dtype), do[:, t:end], preferred_element_type=jnp.float32))
+    return jnp.concatenate(dq, 1), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_heads.defvjp(_heads_fwd, _heads_bwd)

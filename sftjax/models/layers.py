@@ -1,0 +1,122 @@
+"""Dense, Embed, RMS norm and rotary embeddings. A parameter is read where it stands, whatever kind of weight it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sftjax.models.config import Rope
+from sftjax.weights import kinds
+
+
+class Dense(nn.Module):
+    """x [..., in] -> [..., features]; kernel [in, features]."""
+
+    features: int
+    bias: bool = False
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = parameter(self, "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        y = kinds.matmul(x, kernel, self.make_rng("dropout") if self.has_rng("dropout") else None)
+        if self.bias:
+            y += parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """ids [...] -> [..., D]; embedding [V, D]."""
+
+    vocab: int
+    width: int
+    dtype: Any
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        return kinds.rows(parameter(self, "embedding", nn.initializers.normal(self.std), (self.vocab, self.width)), ids).astype(
+            self.dtype
+        )
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale. arXiv:1910.07467."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)  # float32: the mean of thousands of squares
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+        return scale.astype(x.dtype) * wide.astype(x.dtype)
+
+
+def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+    # get_variable, since `self.param` compares the shapes of a kind's parts with the initialiser's
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
+def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c: Rope) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, H], float32, for positions [B, T]. arXiv:2104.09864.
+
+    kind     inverse frequencies
+    linear   divided by factor (arXiv:2306.15595)
+    dynamic  theta grows with the sequence beyond the trained length (NTK-aware); a sequence is one segment
+    llama3   long wavelengths divided, short kept, between them blended
+    yarn     the same by dimension, and cos and sin scaled (arXiv:2309.00071)
+    """
+    half = head_dim // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) * 2 / head_dim
+    frequencies = c.theta**-exponents  # [H/2]
+    if c.kind == "linear":
+        frequencies /= c.factor
+    elif c.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        blend = (c.original_max_positions / wavelengths - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+        blend = jnp.clip(blend, 0, 1)
+        frequencies = blend * frequencies + (1 - blend) * frequencies / c.factor
+    elif c.kind == "yarn":
+        keep = yarn_ramp(half, head_dim, c)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / c.factor
+    elif c.kind == "dynamic":
+        lengths = jnp.maximum(segment_lengths(positions, segments), max_positions)[..., None]  # [B, T, 1]
+        grown = c.factor * lengths / max_positions - (c.factor - 1)
+        frequencies = (c.theta * grown ** (head_dim / (head_dim - 2))) ** -exponents  # [B, T, H/2]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    return jnp.cos(angles) * c.attention_factor, jnp.sin(angles) * c.attention_factor
+
+
+def yarn_ramp(half: int, head_dim: int, c: Rope) -> Array:
+    """[H/2]: 1 where a dimension turns more than beta_fast times in the trained length, 0 below beta_slow turns."""
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(c.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(c.theta))
+
+    low, high = dimension(c.beta_fast), dimension(c.beta_slow)
+    if c.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return 1 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / max(high - low, 0.001), 0, 1)
+
+
+def segment_lengths(positions: Array, segments: Array) -> Array:
+    """[B, T] -> [B, T]: the length of the segment each token is in."""
+    T = segments.shape[1]
+    longest = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=T + 1))(positions, segments)
+    return jnp.take_along_axis(longest, segments, axis=1) + 1
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """x [B, T, N, H] turned by its position: pairs are (i, i + H/2), as Hugging Face lays them out."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return (x * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)

@@ -1,0 +1,101 @@
+"""Where arrays live: the mesh, one table of logical axes, and the sharding of any leaf of any kind of weight.
+
+Mesh axes: `data` splits the batch only; `fsdp` splits the batch and every kernel's width (ZeRO-3); `tensor` splits
+heads, the MLP's inner width and the vocabulary. A dimension that does not divide is an error naming leaf and axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sftjax import tree
+from sftjax.config import UserError
+
+BATCH = ("data", "fsdp")
+HEADS = "tensor"
+
+# logical axis -> mesh axis
+RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
+
+# path of a kernel, bias or norm -> its logical axes, the leading layers axis left out
+AXES = [
+    (r"embed/embedding", ("vocab", "embed")),
+    (r"head/kernel", ("embed", "vocab")),
+    (r"attn/[qkv]/kernel", ("embed", "heads")),
+    (r"attn/[qkv]/bias", ("heads",)),
+    (r"attn/o/kernel", ("heads", "embed")),
+    (r"mlp/(gate|up)/kernel", ("embed", "mlp")),
+    (r"mlp/(gate|up)/bias", ("mlp",)),
+    (r"mlp/down/kernel", ("mlp", "embed")),
+    (r".*(scale|bias)", (None,)),
+]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices; one axis may be -1, the rest. Raises UserError where the sizes do not multiply out."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.device_count()
+    free = [name for name, n in sizes.items() if n == -1]
+    known = math.prod(n for n in sizes.values() if n != -1)
+    if len(free) > 1:
+        raise UserError(f"mesh: only one axis may be -1, not {' and '.join(free)}")
+    if free and devices % known == 0:
+        sizes[free[0]] = devices // known
+    if math.prod(sizes.values()) != devices:
+        shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
+        raise UserError(f"mesh: {shown} does not make the {devices} devices here; set one of --config.mesh.* to -1")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_in_use() -> Any | None:
+    """The mesh set by `jax.set_mesh`, or None where there is none or it holds one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Pins the mesh axes of an activation; nothing on one device."""
+    return x if mesh_in_use() is None else jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of an array at `path`, with leading None for stacked layers."""
+    for pattern, axes in AXES:
+        if re.search(rf"(^|/){pattern}$", path):
+            return (None,) * (ndim - len(axes)) + axes
+    raise KeyError(f"no sharding rule for {path}")
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of `params` (arrays or ShapeDtypeStructs), inside kinds of weight too."""
+    return tree.map_leaves(lambda path, x: _leaf(path, x, logical_axes(path, len(x.shape)), mesh), params)
+
+
+def _leaf(name: str, value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(value):  # a kind says which axes its parts have; kinds nest
+        parts = value.axes(axes)  # type: ignore[attr-defined]
+        return dataclasses.replace(
+            value, **{part: _leaf(f"{name}.{part}", getattr(value, part), a, mesh) for part, a in parts.items()}
+        )  # type: ignore[type-var]
+    spec = P(*(RULES[a] for a in axes))
+    for dim, axis in zip(value.shape, spec):
+        if axis is not None and dim % mesh.shape[axis]:
+            raise UserError(
+                f"{name} {tuple(value.shape)}: {dim} does not divide over {mesh.shape[axis]} devices; "
+                f"use --config.mesh.{axis}={math.gcd(dim, mesh.shape[axis])}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every [B, T] array of a batch."""
+    return NamedSharding(mesh, P(BATCH, None))
