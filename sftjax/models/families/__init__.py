@@ -1,0 +1,39 @@
+"""The families: `model_type` -> the table that turns its Hugging Face config and tensor names into ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftjax.config import UserError
+from sftjax.models.config import DecoderConfig
+from sftjax.models.families import llama, mistral, qwen2, qwen3
+from sftjax.models.families.common import Family, Name
+
+__all__ = ["FAMILIES", "Family", "Name", "config_from_hf", "family_of"]
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+def family_of(raw: dict[str, Any]) -> Family:
+    """The family of a config.json. Raises UserError that names what is not supported."""
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"model_type={kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    classes = raw.get("architectures") or [family.architecture]
+    if classes != [family.architecture]:
+        raise UserError(f"architectures={classes} is not supported for model_type {kind!r}; it needs {family.architecture}")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"quantization_config (quant_method {method!r}) is not supported; use the unquantised checkpoint")
+    return family
+
+
+def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
+    """A config.json as a DecoderConfig. Raises UserError that names the key at fault."""
+    return family_of(raw).config_from_hf(raw)
