@@ -101,13 +101,15 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """tokens, segments, positions [B, T] -> (hidden [B, T, D], cache). `dtype` is the compute dtype.
 
-    `on_embed` maps the embeddings [B, T, D] before the first layer: the one hook that NEFTune needs.
+    `on_embed` maps the embeddings [B, T, D] before the first layer: the one hook that NEFTune needs. `lower` is the
+    number of layers in a first stack of their own (`weights.select.cut`).
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     scan: bool = True
     remat: str = "none"
+    lower: int = 0
 
     @nn.compact
     def __call__(
@@ -125,17 +127,28 @@ class Decoder(nn.Module):
         windows = None
         if len(set(c.windows)) > 1:
             windows = jnp.asarray([attention.FAR if w is None else w for w in c.windows], jnp.int32)
+        stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}
+        caches = []
+        for name, (start, end) in stacks.items():
+            if start < end:
+                per_layer = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], (cache, windows))
+                x, filled = self.stack(end - start, name)(x, per_layer, rotary, segments, positions)
+                caches.append(filled)
+        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if self.lower else caches[0]
+        return RMSNorm(c.norm_eps, name="final_norm")(x), cache
+
+    def stack(self, length: int, name: str) -> nn.Module:
+        """`length` blocks as one scanned body."""
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-            unroll=1 if self.scan else c.layers,
+            length=length,
+            unroll=1 if self.scan else length,
         )
-        x, cache = layers(c, name="layers")(x, (cache, windows), rotary, segments, positions)
-        return RMSNorm(c.norm_eps, name="final_norm")(x), cache
+        return layers(self.config, name=name)
 
 
 def uniform_window(c: DecoderConfig) -> int | None:

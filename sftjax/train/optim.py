@@ -1,0 +1,81 @@
+"""Optimiser and schedule from the config. Everything is optax's; the choice of what decays is ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
+
+from sftjax import tree
+
+
+def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate of a step: linear warm-up from 0, then the named decay to `final_lr * lr` at the last step."""
+    warmup = round(c.warmup * steps) if c.warmup < 1 else int(c.warmup)
+    warmup = min(warmup, max(steps - 1, 0))
+    rest, end = max(steps - warmup, 1), c.final_lr * c.lr
+    match c.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(c.lr, rest, alpha=c.final_lr)
+        case "linear":
+            after = optax.linear_schedule(c.lr, end, rest)
+        case "constant":
+            after = optax.constant_schedule(c.lr)
+        case "wsd":  # warm-up, stable, decay: arXiv:2404.06395
+            decay = min(max(1, round(c.decay * steps)), rest)
+            after = optax.join_schedules([optax.constant_schedule(c.lr), optax.linear_schedule(c.lr, end, decay)], [rest - decay])
+    # the first step already moves: a warm-up of n steps takes lr / n, 2 lr / n, ...
+    return optax.join_schedules([optax.linear_schedule(c.lr / max(warmup, 1), c.lr, max(warmup - 1, 1)), after], [warmup])
+
+
+def decays(trainable: Any) -> Any:
+    """True for matrices, False for norms and biases."""
+
+    def leaf(path: str, w: Any) -> Any:
+        return jax.tree.map(lambda _: not path.endswith(("scale", "bias")), w)
+
+    return tree.map_leaves(leaf, trainable)
+
+
+def optimizer(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """The named optimiser with decoupled weight decay. Clipping is the step's, which knows the norm already."""
+    decay = optax.add_decayed_weights(c.weight_decay, decays)
+    match c.name:
+        case "adamw":
+            core = [optax.scale_by_adam(c.b1, c.b2, c.eps), decay]
+        case "adam":  # L2: the decay passes through the moments
+            core = [decay, optax.scale_by_adam(c.b1, c.b2, c.eps)]
+        case "lion":
+            core = [optax.scale_by_lion(c.b1, c.b2), decay]
+        case "sgd":
+            core = [decay, optax.trace(c.b1)] if c.b1 else [decay]
+        case "adafactor":
+            core = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay]
+        case "muon":
+            return _muon(c, rate)
+    return optax.chain(*core, optax.scale_by_learning_rate(rate))
+
+
+def _muon(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on matrices (stacked layers are separate matrices), AdamW on the rest; updates scaled to Adam's size."""
+
+    def matrices(trainable: Any) -> Any:
+        def leaf(path: str, w: Any) -> Any:
+            matrix = path.startswith("layers/") and path.endswith("kernel")
+            return jax.tree.map(lambda _: MuonDimensionNumbers(reduction_axis=-2, output_axis=-1) if matrix else None, w)
+
+        return tree.map_leaves(leaf, trainable)
+
+    return muon(
+        rate,
+        weight_decay=c.weight_decay,
+        weight_decay_mask=decays,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        adam_weight_decay=c.weight_decay,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
