@@ -1,0 +1,241 @@
+"""Sources to Examples: files are read, each source's layout is found, and every row is checked against it.
+
+A row that cannot be used comes as a Rejected in its place, with file, line, field and reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from sftjax.config import UserError
+from sftjax.data.conversation import check_answered, conversation, listed, named, refuse_media, text, tools
+from sftjax.data.example import Example, Message, RowError
+from sftjax.data.layouts import Layout, detect, pick
+from sftjax.data.readers import read, resolve
+from sftjax.data.sources import Source, sources
+
+PEEK = 100  # readable rows that a source's layout is found from
+LABELS = 100  # above this many, {labels} in a prompt is a mistake
+SHOWN = 10  # bad rows spelled out before the total
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is not used, and why."""
+
+    source: str
+    line: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}: {self.field + ': ' if self.field else ''}{self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the config says about every row."""
+
+    roles: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
+    label_prompt: str = "{text}"
+    labels: Sequence[str] = ()
+
+
+def read_examples(spec: Any, data: Any, say: Callable[[str], None] | None = None) -> Iterator[Example | Rejected]:
+    """Every row of the sources in `spec` (as config.data.train has them), in order. `data` is config.data.
+
+    `say` is told how each source was understood. Raises UserError where a source cannot be found or has no known layout.
+    """
+    wishes = Wishes(dict(data.roles), data.system, data.label_prompt, _labels(data))
+    for source in sources(spec):
+        layout, rows = _open(source, data)
+        if layout and say:
+            say(f"{source.path}: read as {layout}")
+        for file, line, row in rows:
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                yield to_example(row, layout, wishes, source=file, line=line)
+            except RowError as e:
+                yield Rejected(file, line, e.field, e.reason)
+
+
+def fail_on(rejected: Sequence[Rejected]) -> None:
+    """Raises UserError with the first bad rows and their total, where there are any."""
+    if not rejected:
+        return
+    count = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
+    shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
+    more = f"\n  ... and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
+    raise UserError(f"{count} cannot be used:{shown}{more}\nmend them, or leave them out with --config.data.on_bad_row=skip")
+
+
+def _open(source: Source, data: Any) -> tuple[Layout | None, Iterator[tuple[str, int, Any]]]:
+    """The layout of a source, None where no row of it is readable, and (file, line, row or RowError) of all its rows."""
+    columns = {name: str(own) for name, own in (source.columns or dict(data.columns)).items()}
+    numbers = tuple(columns.values()) if all(own.isdigit() for own in columns.values()) else ()
+    rows = ((file, line, row) for file in resolve(source.path) for line, row in read(file, numbers))
+    held: list[tuple[str, int, Any]] = []
+    first: list[Any] = []
+    for item in rows:
+        held.append(item)
+        if isinstance(item[2], (dict, str)):
+            first.append(_named(item[2]))
+        if len(first) == PEEK:
+            break
+    layout = detect(first, source.path, format=source.format or data.format, columns=columns) if first else None
+    return layout, chain(held, rows)
+
+
+def _labels(data: Any) -> tuple[str, ...]:
+    """All the labels in the training sources, sorted, where the prompt asks for them."""
+    if "{text}" not in data.label_prompt:
+        raise UserError(f"--config.data.label_prompt={data.label_prompt!r}: has no {{text}} in it, where the row's text goes")
+    found: set[str] = set()
+    for source in sources(data.train) if "{labels}" in data.label_prompt else ():
+        layout, rows = _open(source, data)
+        if layout is None or layout.format != "label":
+            continue
+        for _, _, row in rows:
+            try:
+                found.add(label_of(Row(row, layout.columns)))
+            except RowError:
+                continue  # told when the row itself is read
+        if len(found) > LABELS:
+            raise UserError(f"{source.path}: more than {LABELS} labels, too many for {{labels}} in --config.data.label_prompt")
+    return tuple(sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
+
+
+def _named(row: Any) -> Any:
+    """A bare string, as in a JSON list of strings, is a row of text."""
+    return {"text": row} if isinstance(row, str) else row
+
+
+def to_example(row: Any, layout: Layout | None, wishes: Wishes, *, source: str, line: int) -> Example:
+    """The Example that `row` is. Raises RowError, with the field as the file names it."""
+    row = _named(row)
+    if layout is None or not isinstance(row, dict):
+        raise RowError("", f"the row is {named(row)}, must be an object with named fields")
+    refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")
+    return Example(source, line, **BUILD[layout.format](Row(row, layout.columns), wishes))
+
+
+class Row:
+    """One row by canonical names. Errors speak of the file's own."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]):
+        self.row, self.columns = row, columns
+
+    def name(self, column: str) -> str:
+        return self.columns.get(column, column)
+
+    def get(self, column: str) -> Any:
+        return pick(self.row, self.columns[column]) if column in self.columns else None
+
+    def text(self, column: str) -> str:
+        return text(self.get(column), self.name(column))
+
+    def filled(self, column: str) -> str:
+        found = self.text(column)
+        if not found.strip():
+            raise RowError(self.name(column), "is empty")
+        return found
+
+    def maybe(self, column: str) -> str | None:
+        """Text, or None where there is none or it is blank."""
+        found = self.get(column)
+        return None if found is None or not text(found, self.name(column)).strip() else found
+
+    def turns(self, column: str, roles: Mapping[str, str]) -> tuple[Message, ...]:
+        return conversation(self.get(column), self.name(column), roles, self.columns)
+
+
+def _dialogue(row: Row, wishes: Wishes, messages: tuple[Message, ...], **more: Any) -> dict[str, Any]:
+    """The fields of an Example of messages: with the row's or the config's system prompt, and the row's tools."""
+    own = row.maybe("system")
+    first = messages[0].role
+    if first == "system" and own is not None and own != messages[0].content:
+        raise RowError(row.name("system"), "says other than the system turn; keep one of the two")
+    system = own if own is not None else wishes.system
+    if first not in ("system", "developer") and system:
+        messages = (Message("system", system), *messages)
+    return {"messages": messages, "tools": tools(row.get("tools"), row.name("tools")), **more}
+
+
+def _turns(column: str) -> Callable[[Row, Wishes], dict[str, Any]]:
+    def build(row: Row, wishes: Wishes) -> dict[str, Any]:
+        messages = row.turns(column, wishes.roles)
+        check_answered(messages, row.name(column))
+        return _dialogue(row, wishes, messages)
+
+    return build
+
+
+def _alpaca(row: Row, wishes: Wishes) -> dict[str, Any]:
+    asked = "\n".join(part for part in (row.text("instruction"), row.maybe("input")) if part)
+    if not asked.strip():
+        raise RowError(row.name("instruction"), "is empty")
+    messages: list[Message] = []
+    for i, pair in enumerate(listed(row.get("history"), row.name("history"))):
+        where = f"{row.name('history')}[{i}]"
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError(where, f"is {named(pair)}, must be a pair [question, answer]")
+        messages += [Message("user", text(pair[0], where)), Message("assistant", text(pair[1], where))]
+    messages += [Message("user", asked), Message("assistant", row.filled("output"))]
+    return _dialogue(row, wishes, tuple(messages))
+
+
+def _prompt_completion(row: Row, wishes: Wishes) -> dict[str, Any]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, list):
+        return {"completion": (row.text("prompt"), row.filled("completion"))}
+    asked = row.turns("prompt", wishes.roles)
+    if isinstance(completion, str):
+        answer: tuple[Message, ...] = (Message("assistant", row.filled("completion")),)
+    else:
+        answer = row.turns("completion", wishes.roles)
+        check_answered(answer, row.name("completion"))
+    # answers inside the prompt are context here: only the completion is trained
+    context = tuple(Message(m.role, m.content, 0.0 if m.loss is None else m.loss, m.extra) for m in asked)
+    return _dialogue(row, wishes, context + answer)
+
+
+def label_of(row: Row) -> str:
+    """The label as text: a word, a whole number, or true and false."""
+    held = row.get("label")
+    if isinstance(held, float) and held.is_integer():
+        held = int(held)  # a column of whole numbers with a gap comes as floats
+    label = str(held).strip() if isinstance(held, (str, int)) else ""
+    if not label:
+        blank = held is None or isinstance(held, str)
+        raise RowError(
+            row.name("label"), "is missing or empty" if blank else f"is {named(held)}, must be a word or a whole number"
+        )
+    return label
+
+
+def _label(row: Row, wishes: Wishes) -> dict[str, Any]:
+    label = label_of(row)
+    put = {"text": row.filled("text"), "labels": ", ".join(wishes.labels)}
+    # one pass: a text that says "{labels}" is left alone
+    asked = re.sub(r"\{(text|labels)\}", lambda m: put[m[1]], wishes.label_prompt)
+    return _dialogue(row, wishes, (Message("user", asked), Message("assistant", label)), label=label)
+
+
+def _text(row: Row, wishes: Wishes) -> dict[str, Any]:
+    return {"text": row.filled("text")}
+
+
+BUILD: dict[str, Callable[[Row, Wishes], dict[str, Any]]] = {
+    "messages": _turns("messages"),
+    "sharegpt": _turns("conversations"),
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "label": _label,
+    "text": _text,
+}

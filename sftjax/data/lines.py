@@ -1,0 +1,71 @@
+"""Bytes to numbered lines: opening (plain, gzip, remote), the byte order mark, UTF-8 told to the byte.
+
+Only `\\n` ends a line here; the other characters that Unicode calls line breaks occur inside ordinary JSON strings.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple, cast
+
+from sftjax.config import UserError
+from sftjax.data.example import RowError
+
+BOM = b"\xef\xbb\xbf"
+WIDE = (b"\xff\xfe", b"\xfe\xff")  # UTF-16, which Excel and PowerShell write
+
+
+class Line(NamedTuple):
+    number: int  # from 1
+    offset: int  # of the first byte, in the (decompressed) file
+    raw: bytes  # without its end
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a local or remote (`gs://...`) file, decompressed where its name ends in .gz. Raises UserError."""
+    try:
+        with _open(path) as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as e:  # gzip finds its damage only while being read
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _open(path: str) -> BinaryIO:
+    zipped = path.lower().endswith(".gz")
+    if "://" in path:
+        import fsspec
+
+        return cast(BinaryIO, fsspec.open(path, "rb", compression="gzip" if zipped else None).open())
+    return cast(BinaryIO, gzip.open(path, "rb")) if zipped else open(path, "rb")
+
+
+def numbered(file: Iterable[bytes], path: str) -> Iterator[Line]:
+    """The lines of `file`, blank ones too. Raises UserError where the file is UTF-16."""
+    offset = 0
+    for number, raw in enumerate(file, 1):
+        start = offset
+        offset += len(raw)
+        if number == 1:
+            if raw.startswith(WIDE):
+                raise UserError(f"{path}: is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)")
+            if raw.startswith(BOM):
+                raw, start = raw[len(BOM) :], len(BOM)
+        yield Line(number, start, raw.rstrip(b"\r\n"))
+
+
+def decode(line: Line) -> str:
+    """The line as text. Raises RowError with the place of the first byte that is not UTF-8."""
+    try:
+        return line.raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise not_utf8(line.raw[e.start], line.offset + e.start) from e
+
+
+def not_utf8(byte: int, offset: int) -> RowError:
+    return RowError(
+        "", f"is not UTF-8: byte 0x{byte:02x} at offset {offset} of the file; convert it, e.g. iconv -f GB18030 -t UTF-8"
+    )
