@@ -25,8 +25,8 @@ from sftjax.models.config import DecoderConfig
 from sftjax.models.families import Name
 from sftjax.weights.kinds import dense
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER += ("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"]
 
 
 def save(
@@ -65,7 +65,8 @@ def save(
         tensors |= _tensors(name, leaves[path], config.layers, stored, dtype, path in untouched)
     with staged(out, source) as tmp:
         write_dir(tmp, tensors, max_shard_bytes)
-        _write_configs(tmp, source, config, tensors if dtype or not stored else {}, stop_ids)
+        written = {t.dtype.name for t in tensors.values()} if dtype or not stored else set()
+        _write_configs(tmp, source, config, written, stop_ids)
         save_tokenizer(tmp, source, tokenizer, template)
         if check:
             check(tmp)
@@ -107,12 +108,11 @@ def _one(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> jax
     return x.T if transposed else x
 
 
-def _write_configs(tmp: Path, source: Path, config: DecoderConfig, tensors: dict[str, Tensor], stop_ids: Sequence[int]) -> None:
+def _write_configs(tmp: Path, source: Path, config: DecoderConfig, dtypes: set[str], stop_ids: Sequence[int]) -> None:
     raw = read_json(source / "config.json")
     raw = load_family(source).config_to_hf(config, raw)
-    if tensors:  # transformers 4 reads torch_dtype, 5 reads both
-        [dtype, *_] = {t.dtype.name for t in tensors.values()}
-        raw |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"], dtype)
+    if len(dtypes) == 1:  # transformers 4 reads torch_dtype, 5 reads both
+        raw |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"], *dtypes)
     _write_json(tmp / "config.json", raw)
 
     file = source / "generation_config.json"
