@@ -1,0 +1,160 @@
+"""Store: the encoded rows of one source as flat files that are mapped, not read; and the cache of stores, by content.
+
+    tokens.bin    int32    all rows end to end; offsets.npy [n + 1] says where each begins
+    weights.bin   float32  the loss weight of each token
+    examples.bin  bytes    what each row was made from, as JSON (nothing for plain text); example_offsets.npy
+    rows.npy               per row: source, line, content hash, trained tokens, whether a terminator ends them
+    rejected.jsonl         rows that could not be used, with the reason
+    meta.json              the source's files by name; written last
+
+A store holds every usable row of its source and decides nothing: splits, lengths and weights are applied when it is read,
+so changing them costs no tokenisation. It appears under its key by a rename, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sftjax.config import UserError
+from sftjax.data.example import Example, Message
+from sftjax.data.formats import Rejected
+
+VERSION = 1  # of what encoding a row means and how a store is laid out; part of every key
+ROW = np.dtype([("source", "<i4"), ("line", "<i8"), ("key", "<u8"), ("trained", "<i8"), ("terminated", "?")])
+
+
+class Row(NamedTuple):
+    """One encoded row, on its way into a store."""
+
+    source: str
+    line: int
+    key: int  # 64 bits of the hash of what the row says
+    terminated: bool  # the last answer's terminator is trained
+    ids: np.ndarray
+    weights: np.ndarray
+    example: bytes
+
+
+class Store:
+    """The rows of one source. Nothing is copied to memory but offsets and a few numbers a row."""
+
+    def __init__(self, path: Path, files: Sequence[str]):
+        """The store at `path`; `files` are the source's files as they are called today, in the order it was written from."""
+        meta = json.loads((path / "meta.json").read_text("utf-8"))
+        today = dict(zip(meta["files"], files))
+        self.sources = [today[name] for name in meta["sources"]]
+        self.rows = np.load(path / "rows.npy")
+        self.offsets = np.load(path / "offsets.npy")
+        self.example_offsets = np.load(path / "example_offsets.npy")
+        self.tokens = flat(path / "tokens.bin", np.int32)
+        self.weights = flat(path / "weights.bin", np.float32)
+        self.examples = flat(path / "examples.bin", np.uint8)
+        with (path / "rejected.jsonl").open(encoding="utf-8") as f:
+            rejected = [Rejected(**json.loads(line)) for line in f]
+        self.rejected = [replace(row, source=today[row.source]) for row in rejected]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        here = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[here], self.weights[here]
+
+    def example(self, i: int) -> Example | None:
+        text = self.examples[self.example_offsets[i] : self.example_offsets[i + 1]].tobytes()
+        return loads(text, self.sources[self.rows["source"][i]], int(self.rows["line"][i])) if text else None
+
+    def where(self, i: int) -> str:
+        return f"{self.sources[self.rows['source'][i]]}:{self.rows['line'][i]}"
+
+
+def flat(path: Path, dtype: type) -> np.ndarray:
+    """A file of numbers, mapped; an empty file cannot be."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> None:
+    """Writes a store to the empty directory `path`, row by row; `files` are those the rows come from."""
+    sources: dict[str, int] = {}
+    facts, offsets, example_offsets = [], [0], [0]
+    with ExitStack() as stack:
+        tokens, weights, examples = (
+            stack.enter_context((path / f"{n}.bin").open("wb")) for n in ("tokens", "weights", "examples")
+        )
+        bad = stack.enter_context((path / "rejected.jsonl").open("w", encoding="utf-8"))
+        for row in rows:
+            if isinstance(row, Rejected):
+                bad.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                continue
+            tokens.write(row.ids.astype(np.int32).tobytes())
+            weights.write(row.weights.astype(np.float32).tobytes())
+            examples.write(row.example)
+            offsets.append(offsets[-1] + len(row.ids))
+            example_offsets.append(example_offsets[-1] + len(row.example))
+            trained = int(np.count_nonzero(row.weights[1:]))  # a first token has nothing to be predicted from
+            facts.append((sources.setdefault(row.source, len(sources)), row.line, row.key, trained, row.terminated))
+    np.save(path / "rows.npy", np.array(facts, ROW))
+    np.save(path / "offsets.npy", np.array(offsets, np.int64))
+    np.save(path / "example_offsets.npy", np.array(example_offsets, np.int64))
+    names = {"files": list(files), "sources": list(sources)}
+    (path / "meta.json").write_text(json.dumps(names, ensure_ascii=False), "utf-8")
+
+
+@contextmanager
+def entry(root: Path, key: str) -> Iterator[Path]:
+    """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+        try:
+            yield fresh
+            if not (root / key).exists():  # another process may have been quicker, with the same content
+                os.rename(fresh, root / key)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except OSError as e:
+        raise UserError(
+            f"{root}: the tokenised data cannot be written ({e.strerror or e}); name another place with --config.data.cache_dir"
+        ) from e
+
+
+def content_key(example: Example) -> int:
+    """64 bits of a hash of what the example says, wherever it stands and whatever its loss weights."""
+    messages = [(m.role, m.content, m.extra) for m in example.messages or ()]
+    said = json.dumps([messages, example.completion, example.text, example.tools], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "little")
+
+
+def dumps(example: Example) -> bytes:
+    """The example as JSON, without its place; nothing for plain text, of which the tokens are all there is to keep."""
+    if example.text is not None:
+        return b""
+    messages = example.messages and [(m.role, m.content, m.loss, m.extra) for m in example.messages]
+    fields = {"messages": messages, "completion": example.completion, "tools": example.tools, "label": example.label}
+    return json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False, default=str).encode()
+
+
+def loads(text: bytes, source: str, line: int) -> Example:
+    """The reverse of `dumps`."""
+    fields = json.loads(text)
+    if "messages" in fields:
+        fields["messages"] = tuple(Message(*m) for m in fields["messages"])
+    for name in ("completion", "tools"):
+        if name in fields:
+            fields[name] = tuple(fields[name])
+    return Example(source, line, **fields)

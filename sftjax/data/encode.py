@@ -1,0 +1,153 @@
+"""Examples to encoded rows through a Chat, in order, on one core or on all of them.
+
+Small data is encoded right here: nothing beats not starting anything. When that has taken a few seconds and there is more,
+worker processes take over. They are this module run as a program (`python -m sftjax.data.encode`), which takes a Chat and
+then chunks of examples from its stdin: multiprocessing would import the caller's main script again, or fork under jax.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+
+from sftjax.data.cache import Row, content_key, dumps
+from sftjax.data.chat import Chat
+from sftjax.data.example import Example, RowError
+from sftjax.data.formats import Rejected
+
+CHUNK = 256  # examples handed to a worker at once
+PATIENCE = 4.0  # seconds of encoding here before workers are started, about what starting them costs
+
+Items = list[Example | Rejected]
+Encoded = list[Row | Rejected]
+
+
+def encode(
+    items: Iterator[Example | Rejected], chat: Chat, workers: int | None, say: Callable[[str], None]
+) -> Iterator[Row | Rejected]:
+    """Each item encoded, in order; a row the template cannot render becomes a Rejected. `workers` None: as is quickest."""
+    chunks = iter(lambda: list(islice(items, CHUNK)), [])
+    count = workers or cores()
+    spent = 0.0
+    while count == 1 or (workers is None and spent < PATIENCE):
+        if (chunk := next(chunks, None)) is None:
+            return
+        started = time.perf_counter()
+        rows = encode_all(chat, chunk)
+        spent += time.perf_counter() - started
+        yield from rows
+    if first := next(chunks, None):
+        say(f"tokenising in {count} processes")
+        with Pool(count, chat) as pool:
+            for rows in pool.map(chain([first], chunks)):
+                yield from rows
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_all(chat: Chat, items: Items) -> Encoded:
+    return [item if isinstance(item, Rejected) else encode_one(chat, item) for item in items]
+
+
+def encode_one(chat: Chat, example: Example) -> Row | Rejected:
+    try:
+        encoded = chat.encode(example)
+    except RowError as e:
+        return Rejected(example.source, example.line, e.field, e.reason)
+    terminated = chat.check(encoded, example) is None
+    return Row(example.source, example.line, content_key(example), terminated, *encoded, dumps(example))
+
+
+class Pool:
+    """`count` workers and a thread for each, which waits for it."""
+
+    def __init__(self, count: int, chat: Chat):
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        pickled = pickle.dumps(chat, pickle.HIGHEST_PROTOCOL)
+        self.workers = [Worker(pickled) for _ in range(count)]
+        for worker in self.workers:
+            self.idle.put(worker)
+        self.threads = ThreadPoolExecutor(count)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+        self.threads.shutdown(cancel_futures=True)
+
+    def map(self, chunks: Iterator[Items]) -> Iterator[Encoded]:
+        """The encoded chunks in order; a few more than there are workers are under way, so memory stays bounded."""
+        pending: deque[Future[Encoded]] = deque()
+        for chunk in chunks:
+            pending.append(self.threads.submit(self.encode, chunk))
+            if len(pending) > 3 * len(self.workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def encode(self, chunk: Items) -> Encoded:
+        worker = self.idle.get()
+        try:
+            return worker.encode(chunk)
+        finally:
+            self.idle.put(worker)
+
+
+class Worker:
+    """A process that encodes what it is sent."""
+
+    def __init__(self, chat: bytes):
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self.greeting = chat  # sent with the first chunk: by then the process listens, and nobody waits for it to start
+        # sys.path: the worker must find what this process found, a notebook's additions and remote code too
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sftjax.data.encode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env
+        )
+
+    def encode(self, chunk: Items) -> Encoded:
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(self.greeting + pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL))
+            self.process.stdin.flush()
+            self.greeting = b""
+            return pickle.load(self.process.stdout)
+        except (EOFError, BrokenPipeError) as e:
+            self.log.seek(0)
+            said = self.log.read().decode("utf-8", "replace")[-2000:]
+            raise RuntimeError(
+                f"a tokenising process ended with {self.process.wait()}; --config.data.workers=1 does without. {said}"
+            ) from e
+
+
+def main() -> None:
+    """The worker: stdin a Chat, then chunks; stdout their encoded rows. Ends with its stdin."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not print into the stream of rows
+    chat = pickle.load(sys.stdin.buffer)
+    while True:
+        try:
+            items = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(encode_all(chat, items), out, pickle.HIGHEST_PROTOCOL)
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The ledger: what becomes of every row that was read, and the sum that must add up.
+
+read = kept + bad_row + overlong + trains_nothing + truncated_to_nothing
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sftjax.config import UserError
+from sftjax.data.cache import Store
+from sftjax.data.formats import Rejected
+from sftjax.data.rows import Rows
+
+KEPT, OVERLONG, UNTRAINED, CUT_SHORT = range(4)
+NAMES = {OVERLONG: "overlong", UNTRAINED: "trains_nothing", CUT_SHORT: "truncated_to_nothing"}
+SHOWN = 10  # rows named in an error; fewer where it is only said
+
+
+class Ledger:
+    """Every row of every store, side by side: where it is, how much of it is used, and its fate."""
+
+    def __init__(self, stores: Sequence[Store], *, max_length: int, on_overlong: str, fill: bool):
+        self.stores, self.max_length, self.fill = stores, max_length, fill
+        self.store = np.repeat(np.arange(len(stores)), [len(s) for s in stores])
+        self.index = np.concatenate([np.arange(len(s)) for s in stores])
+        self.key = np.concatenate([s.rows["key"] for s in stores])
+        self.terminated = np.concatenate([s.rows["terminated"] for s in stores])
+        self.full = np.concatenate([s.lengths for s in stores])  # lengths before any cut
+        self.trained = np.concatenate([s.rows["trained"] for s in stores])
+        self.lengths = self.full.copy()
+        self.fate = np.where(self.trained > 0, KEPT, UNTRAINED)
+        self.bad = sum(len(s.rejected) for s in stores)
+        self.long = (self.full > max_length) & (self.fate == KEPT) & (not fill)  # documents are cut to fill rows: none is long
+        self.truncated = 0
+        if on_overlong == "truncate":
+            self.truncate()
+        else:
+            self.fate[self.long] = OVERLONG
+
+    def truncate(self) -> None:
+        """Cuts the end off long rows, with whatever of their answers stood there."""
+        self.lengths[self.long] = self.max_length
+        for i in np.flatnonzero(self.long).tolist():
+            self.trained[i] = np.count_nonzero(self.weights(i)[1 : self.max_length])
+        self.fate[self.long & (self.trained == 0)] = CUT_SHORT
+        self.truncated = int(np.count_nonzero(self.long & (self.fate == KEPT)))
+
+    def weights(self, i: int) -> np.ndarray:
+        return self.stores[self.store[i]].row(self.index[i])[1]
+
+    def where(self, i: int) -> str:
+        return self.stores[self.store[i]].where(self.index[i])
+
+    def rows(self, chosen: np.ndarray, shares: Sequence[float]) -> Rows:
+        """The kept ones of the chosen rows."""
+        keep = np.flatnonzero(chosen & (self.fate == KEPT))
+        store, index, lengths, trained = (column[keep] for column in (self.store, self.index, self.lengths, self.trained))
+        return Rows(self.stores, store, index, lengths, trained, shares, self.fill)
+
+    def counts(self) -> dict[str, Any]:
+        """{"read", "kept", "dropped": {reason: rows}, "truncated", "unterminated"}; read is the sum of the others."""
+        dropped = {"bad_row": self.bad} | {name: int(np.count_nonzero(self.fate == fate)) for fate, name in NAMES.items()}
+        kept = int(np.count_nonzero(self.fate == KEPT))
+        read = sum(len(s) + len(s.rejected) for s in self.stores)
+        assert read == kept + sum(dropped.values()), (read, kept, dropped)
+        return {
+            "read": read,
+            "kept": kept,
+            "dropped": {name: n for name, n in dropped.items() if n},
+            "truncated": self.truncated,
+            "unterminated": int(np.count_nonzero(~self.terminated & (self.fate == KEPT))),
+        }
+
+    def dropped(self) -> list[Rejected]:
+        """The usable rows that were dropped, each with its fate in words."""
+        words = {
+            OVERLONG: "{n} tokens, more than data.max_length={limit}",
+            UNTRAINED: "no token of it is trained",
+            CUT_SHORT: "no trained token is left of its {n} after cutting at data.max_length={limit}",
+        }
+        out = []
+        for i in np.flatnonzero(self.fate != KEPT).tolist():
+            source, _, line = self.where(i).rpartition(":")
+            out.append(Rejected(source, int(line), "", words[int(self.fate[i])].format(n=self.full[i], limit=self.max_length)))
+        return out
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        return [row for store in self.stores for row in store.rejected]
+
+    def refuse_overlong(self) -> None:
+        """Raises UserError where any row is longer than max_length."""
+        if self.long.any():
+            raise UserError(
+                f"{rows_are(int(self.long.sum()))} longer than data.max_length={self.max_length} (the longest has "
+                f"{self.full[self.long].max()} tokens): {self.some(self.long, SHOWN)}; raise it, or set "
+                f"--config.data.on_overlong to drop or truncate"
+            )
+
+    def some(self, which: np.ndarray, most: int = 3) -> str:
+        """`file:line` of the first few."""
+        found = np.flatnonzero(which).tolist()
+        return ", ".join(self.where(i) for i in found[:most]) + (", ..." if len(found) > most else "")
+
+    def write_rejected(self, path: Path) -> None:
+        """Rows that cannot be used and rows that were dropped, one JSON object each: source, line, field, reason."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as f:
+            for row in self.rejected + self.dropped():
+                f.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Says, with rows to look at, all that a user might not expect."""
+        if self.bad:
+            say(f"{rows_are(self.bad)} unusable and left out")
+        if (long := self.fate == OVERLONG).any():
+            say(
+                f"{rows_are(int(long.sum()))} longer than data.max_length={self.max_length} and dropped ({self.some(long)}); the "
+                f"longest has {self.full[long].max()} tokens. data.on_overlong=truncate would cut their ends off"
+            )
+        if self.truncated:
+            cut = self.long & (self.fate == KEPT)
+            say(
+                f"{rows_are(self.truncated)} cut at data.max_length={self.max_length}: their ends, with the turn's terminator, "
+                f"are not trained ({self.some(cut)})"
+            )
+        if (short := self.fate == CUT_SHORT).any():
+            say(f"{rows_are(int(short.sum()))} dropped: cut at data.max_length, nothing trained is left ({self.some(short)})")
+        if (nothing := self.fate == UNTRAINED).any():
+            say(f"{rows_are(int(nothing.sum()))} dropped: no token of them is trained ({self.some(nothing)})")
+        if (endless := ~self.terminated & (self.fate == KEPT)).any():
+            say(
+                f"warning: {rows_are(int(endless.sum()))} not ended by a trained terminator, so the model may not learn to stop "
+                f"({self.some(endless)})"
+            )
+
+
+def rows_are(n: int) -> str:
+    return f"{n:,} row is" if n == 1 else f"{n:,} rows are"

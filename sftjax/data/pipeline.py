@@ -1,0 +1,191 @@
+"""From config.data to three lists of rows ready to train on, with every row that was read accounted for.
+
+    files -> Examples -> encoded rows (a Store, cached by content) -> kept or dropped (the Ledger) -> train, eval, test (Rows)
+
+A store holds every usable row of its source; what follows is arithmetic on lengths and hashes, so another max_length,
+split or weight tokenises nothing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sftjax.config import UserError
+from sftjax.data import cache
+from sftjax.data.cache import Store
+from sftjax.data.chat import Chat
+from sftjax.data.encode import encode
+from sftjax.data.formats import fail_on, read_examples
+from sftjax.data.ledger import KEPT, Ledger
+from sftjax.data.lines import open_bytes
+from sftjax.data.readers import kind, read, resolve
+from sftjax.data.rows import Rows, split
+from sftjax.data.sources import Source, sources
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """train, eval and test rows, and for the manifest the report: counts of rows by what became of them, hashes of the data.
+
+    report = {"read", "kept", "dropped": {reason: rows}, "truncated", "unterminated", "eval_rows_in_train",
+              "train" | "eval" | "test": {"rows", "tokens", "trained_tokens"},
+              "sources": [{"path", "weight", "rows", "sha256"}], "template_sha256", "tokenizer_sha256"}
+    """
+
+    train: Rows
+    eval: Rows
+    test: Rows
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source with its encoded rows. `digest` is the sha256 of what its files hold, `key` its place in the cache."""
+
+    source: Source
+    files: list[str]
+    digest: str
+    store: Store
+
+
+def build(config: ConfigDict, chat: Chat, *, rejected_path: Path | None = None, say: Say = print) -> Splits:
+    """Everything config.data asks for. Says what it does and what it finds through `say`; raises UserError.
+
+    Rows that cannot be used and rows that are dropped go to `rejected_path`, a JSON object a line.
+    """
+    data = config.data
+    opened = open_all(config, chat, say)
+    stores = [o.store for o in opened]
+    training = len(sources(data.train))
+    fill = config.task == "pretrain" and data.packing
+    ledger = Ledger(stores, max_length=data.max_length, on_overlong=data.on_overlong, fill=fill)
+    if rejected_path:
+        ledger.write_rejected(rejected_path)
+    if data.on_bad_row == "error":
+        fail_on(ledger.rejected)
+    if data.on_overlong == "error":
+        ledger.refuse_overlong()
+    ledger.announce(say)
+
+    part = parts(ledger, training, config)
+    shares = [o.source.weight for o in opened[:training]] + [1.0] * (len(opened) - training)
+    train, evaluation, test = (ledger.rows(part == p, shares) for p in range(3))
+    report = ledger.counts() | {"eval_rows_in_train": leaks(ledger, part) if data.eval else 0}
+    for name, rows in (("train", train), ("eval", evaluation), ("test", test)):
+        report[name] = {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
+    report["sources"] = [
+        {"path": o.source.path, "weight": o.source.weight, "rows": len(o.store), "sha256": o.digest} for o in opened
+    ]
+    report["template_sha256"] = sha256(chat.template or "")
+    report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))
+    tell(report, say)
+    return Splits(train, evaluation, test, report)
+
+
+def open_all(config: ConfigDict, chat: Chat, say: Say) -> list[Opened]:
+    """The sources of data.train, then those of data.eval, encoded."""
+    train, held_out = sources(config.data.train), sources(config.data.eval)
+    if not train:
+        raise UserError("data.train names no data; give a file, folder, glob or hub id: --config.data.train=rows.jsonl")
+    found = [(source, files := resolve(source.path), content(files)) for source in train + held_out]
+    # a prompt that lists the labels of all training data changes with any of it
+    context = "".join(digest for _, _, digest in found[: len(train)]) if "{labels}" in config.data.label_prompt else ""
+    return [open_one(*each, context, config, chat, say) for each in found]
+
+
+def open_one(source: Source, files: list[str], digest: str, context: str, config: ConfigDict, chat: Chat, say: Say) -> Opened:
+    """The encoded rows of one source: from the cache where its content is known, else tokenised now."""
+    data = config.data
+    root = Path(data.cache_dir or "~/.cache/sftjax/data").expanduser()
+    key = cache_key(source, digest + context, data, chat)
+    started, fresh = time.perf_counter(), not (root / key).exists()
+    if fresh:
+        with cache.entry(root, key) as place:
+            cache.write(place, encode(read_examples(source, data, say), chat, data.workers, say), files)
+    store = Store(root / key, files)
+    took = f"tokenised in {time.perf_counter() - started:.1f} s" if fresh else "from the cache"
+    say(f"{source.path}: {len(store):,} rows, {int(store.offsets[-1]):,} tokens, {took}")
+    return Opened(source, files, digest, store)
+
+
+def content(files: Sequence[str]) -> str:
+    """sha256 over what the files hold, whatever they are called; of a hub dataset, over its rows."""
+    whole = hashlib.sha256()
+    for file in files:
+        one = hashlib.sha256()
+        if kind(file) is None:
+            for _, row in read(file):
+                one.update(json.dumps(row, sort_keys=True, default=str).encode())
+        else:
+            with open_bytes(file) as stream:
+                while block := stream.read(1 << 20):
+                    one.update(block)
+        whole.update(one.digest())
+    return whole.hexdigest()
+
+
+def cache_key(source: Source, digest: str, data: ConfigDict, chat: Chat) -> str:
+    """sha256 of all that decides what a source's rows encode to: content, options, template, tokenizer, our own version."""
+    decides = {
+        "version": cache.VERSION,
+        "content": digest,
+        "format": source.format or data.format,
+        "columns": dict(source.columns or data.columns),
+        "roles": dict(data.roles),
+        "system": data.system,
+        "label_prompt": data.label_prompt,
+        "loss_on": chat.loss_on,
+        "templates": chat.templates,
+        "tokenizer": tokenizer_text(chat.tokenizer),
+    }
+    return sha256(json.dumps(decides, sort_keys=True))
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """All that a tokenizer does to text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return f"{type(tokenizer).__name__} {tokenizer.special_tokens_map} {rules}"
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parts(ledger: Ledger, training: int, config: ConfigDict) -> np.ndarray:
+    """0 = train, 1 = eval, 2 = test of every row; by content where no rows are held out by data.eval."""
+    if config.data.eval:
+        return (ledger.store >= training).astype(np.int8)
+    shares = [*config.data.split, 0, 0][:3]
+    if min(shares) < 0 or not shares[0]:
+        raise UserError(f"data.split={config.data.split}: needs train : eval : test shares, train above 0, e.g. 8,1,1")
+    return split(ledger.key, shares, config.seed)
+
+
+def leaks(ledger: Ledger, part: np.ndarray) -> int:
+    """Kept eval rows that say what some kept train row says."""
+    kept = ledger.fate == KEPT
+    return int(np.isin(ledger.key[kept & (part == 1)], ledger.key[kept & (part == 0)]).sum())
+
+
+def tell(report: dict[str, Any], say: Say) -> None:
+    """The counts in a line; raises UserError where nothing is left to train on."""
+    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in report["dropped"].items()) or "none"
+    read = f"{report['read']:,} rows read, {report['kept']:,} kept, dropped: {dropped}"
+    if not report["train"]["rows"]:
+        raise UserError(f"no rows are left to train on: {read}")
+    sizes = ", ".join(f"{name} {report[name]['rows']:,}" for name in ("train", "eval", "test"))
+    say(f"{read}; {sizes}; {report['train']['trained_tokens']:,} of {report['train']['tokens']:,} training tokens are trained")
+    if report["eval_rows_in_train"]:
+        say(f"warning: {report['eval_rows_in_train']:,} rows of data.eval are also in data.train: evaluation will look too good")
