@@ -40,15 +40,15 @@ def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Ar
 
 
 def cached_attention(q: Array, k: Array, v: Array, positions: Array, *, window: int | Array | None, scale: float) -> Array:
-    """q [B, T, N, H] against a cache k, v [B, S, K, H] whose slot s holds position s; positions [B, T] of the queries."""
+    """q [B, T, N, H] against a cache k, v [B, K, S, H] whose slot s holds position s; positions [B, T] of the queries."""
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
+    K, S = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
     seen = (behind >= 0) & (behind < (FAR if window is None else window))
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(B, T, N, H)
+    return jnp.einsum("bkgts,bksh->btkgh", probs, v).reshape(B, T, N, H)
 
 
 def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, static_window: int | None, scale: float) -> Array:

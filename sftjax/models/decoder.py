@@ -32,10 +32,20 @@ REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, S, K, H]; slot s of a row holds its position s."""
+    """Keys and values [L, B, K, S, H]; slot s of a row holds its position s.
+
+    The layers hand on the whole cache and each writes its own slots: as an input and output of the scan, every
+    decoding step would copy all of it.
+    """
 
     k: Array
     v: Array
+
+    def write(self, layer: Any, positions: Array, k: Array, v: Array) -> Cache:
+        """With k and v [B, T, K, H] of one layer at positions [B, T]."""
+        B, _, K, _ = k.shape
+        slots = (layer, jnp.arange(B)[:, None, None], jnp.arange(K), positions[:, :, None])
+        return Cache(self.k.at[slots].set(k.astype(self.k.dtype)), self.v.at[slots].set(v.astype(self.v.dtype)))
 
 
 class Output(NamedTuple):
@@ -50,8 +60,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rotary: tuple[Array, Array], segments: Array, positions: Array, window: Any, cache: Cache | None
-    ):
+        self,
+        x: Array,
+        rotary: tuple[Array, Array],
+        segments: Array,
+        positions: Array,
+        window: Any,
+        layer: Any,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         B, T, _ = x.shape
 
@@ -65,11 +82,8 @@ class Attention(nn.Module):
         if cache is None:
             y = attention.attention(q, k, v, segments, window=window, scale=c.head_dim**-0.5)
         else:
-            row = jnp.arange(B)[:, None]
-            cache = Cache(
-                cache.k.at[row, positions].set(k.astype(cache.k.dtype)), cache.v.at[row, positions].set(v.astype(cache.v.dtype))
-            )
-            y = attention.cached_attention(q, cache.k, cache.v, positions, window=window, scale=c.head_dim**-0.5)
+            cache = cache.write(layer, positions, k, v)
+            y = attention.cached_attention(q, cache.k[layer], cache.v[layer], positions, window=window, scale=c.head_dim**-0.5)
         return Dense(c.width, c.o_bias, c.init_std, name="o")(y.reshape(B, T, -1)), cache
 
 
@@ -88,14 +102,18 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Array, per_layer: tuple[Cache | None, Any], rotary: Any, segments: Array, positions: Array):
+    def __call__(
+        self, carry: tuple[Array, Cache | None], per_layer: tuple[Array, Any], rotary: Any, segments: Array, positions: Array
+    ) -> tuple[tuple[Array, Cache | None], None]:
         c = self.config
-        cache, window = per_layer
+        x, cache = carry
+        layer, window = per_layer
         window = uniform_window(c) if window is None else window
-        y, cache = Attention(c, name="attn")(RMSNorm(c.norm_eps, name="attn_norm")(x), rotary, segments, positions, window, cache)
+        y = RMSNorm(c.norm_eps, name="attn_norm")(x)
+        y, cache = Attention(c, name="attn")(y, rotary, segments, positions, window, layer, cache)
         x = sharding.constrain(x + y, sharding.BATCH, None, None)
         x = sharding.constrain(x + MLP(c, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x)), sharding.BATCH, None, None)
-        return x, cache
+        return (x, cache), None
 
 
 class Decoder(nn.Module):
@@ -128,13 +146,12 @@ class Decoder(nn.Module):
         if len(set(c.windows)) > 1:
             windows = jnp.asarray([attention.FAR if w is None else w for w in c.windows], jnp.int32)
         stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}
-        caches = []
+        carry = (x, cache)
         for name, (start, end) in stacks.items():
             if start < end:
-                per_layer = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], (cache, windows))
-                x, filled = self.stack(end - start, name)(x, per_layer, rotary, segments, positions)
-                caches.append(filled)
-        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if self.lower else caches[0]
+                per_layer = (jnp.arange(start, end), None if windows is None else windows[start:end])
+                carry, _ = self.stack(end - start, name)(carry, per_layer, rotary, segments, positions)
+        x, cache = carry
         return RMSNorm(c.norm_eps, name="final_norm")(x), cache
 
     def stack(self, length: int, name: str) -> nn.Module:
@@ -182,5 +199,5 @@ def init(c: DecoderConfig, key: Array) -> Any:
 
 
 def init_cache(c: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
-    shape = (c.layers, batch, length, c.kv_heads, c.head_dim)
+    shape = (c.layers, batch, c.kv_heads, length, c.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
