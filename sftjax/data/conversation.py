@@ -59,7 +59,8 @@ def _message(turn: Any, where: str, roles: Mapping[str, str], keys: Mapping[str,
     turn = {key: part for key, part in turn.items() if part is not None}
     refuse_media(turn, where)
     role_key = _key(turn, keys.get("role"), ("role", "from"), where)
-    content_key = keys.get("content") or ("content" if "content" in turn else "value")
+    found = (key for key in ("content", "value") if key in turn)
+    content_key = keys.get("content") or next(found, "value" if role_key == "from" else "content")
     role = _role(text(turn.pop(role_key), f"{where}.{role_key}"), f"{where}.{role_key}", roles)
     loss = _loss(turn, where)
     content, field = turn.pop(content_key, None), f"{where}.{content_key}"

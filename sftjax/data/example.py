@@ -26,7 +26,7 @@ class Example:
     """
 
     source: str  # the file (or hub id) as the user named it
-    line: int  # 1-based: the line in .jsonl/.csv/.tsv/.txt, the row in .json/.parquet/hub
+    line: int  # 1-based: the line the row starts on in a text file, the number of the row in .parquet and on the hub
     messages: tuple[Message, ...] | None = None
     completion: tuple[str, str] | None = None
     text: str | None = None

@@ -77,7 +77,7 @@ def fail_on(rejected: Sequence[Rejected]) -> None:
 
 def _open(source: Source, data: Any) -> tuple[Layout | None, Iterator[tuple[str, int, Any]]]:
     """The layout of a source, None where no row of it is readable, and (file, line, row or RowError) of all its rows."""
-    columns = {name: str(own) for name, own in (source.columns or dict(data.columns)).items()}
+    columns = {name: str(own) for name, own in (dict(data.columns) if source.columns is None else source.columns).items()}
     numbers = tuple(columns.values()) if all(own.isdigit() for own in columns.values()) else ()
     rows = ((file, line, row) for file in resolve(source.path) for line, row in read(file, numbers))
     held: list[tuple[str, int, Any]] = []

@@ -96,9 +96,9 @@ def read_document(raw: bytes, path: str) -> Rows:
     text = _text(b" " * len(BOM) + raw[len(BOM) :] if raw.startswith(BOM) else raw)
     start = _skip(text, 0)
     if text.startswith("[", start):
-        return _located(text, _elements(text, start, whole=True))
+        return _located(path, text, _elements(text, start, whole=True))
     inner = _wrapped(text, start)
-    return _located(text, _values(text, start) if inner is None else _elements(text, inner, whole=False))
+    return _located(path, text, _values(text, start) if inner is None else _elements(text, inner, whole=False))
 
 
 def _text(raw: bytes) -> str:
@@ -150,13 +150,17 @@ def _values(text: str, at: int) -> Iterator[tuple[int, Any, int]]:
         at = _skip(text, end)
 
 
-def _stop(text: str, at: int, why: str | ValueError) -> tuple[int, RowError, int]:
+class Broken(RowError):
+    """Not one row is bad but the document: what follows is lost, so this cannot be skipped like a row."""
+
+
+def _stop(text: str, at: int, why: str | ValueError) -> tuple[int, Broken, int]:
     if isinstance(why, json.JSONDecodeError):
         at, why = min(why.pos, len(text)), _plain(why)
-    return at, RowError("", f"is not JSON: {why}; the file is not read further"), at
+    return at, Broken("", f"is not JSON: {why}; mend it, for the rows after it cannot be told apart"), at
 
 
-def _located(text: str, found: Iterator[tuple[int, Any, int]]) -> Rows:
+def _located(path: str, text: str, found: Iterator[tuple[int, Any, int]]) -> Rows:
     """Offsets turned to lines in one pass over the text; rows with bytes that are not UTF-8 turned to RowErrors."""
     number, seen, offset, dirty = 1, 0, 0, RAW.search(text) is not None
     for start, row, end in found:
@@ -167,6 +171,8 @@ def _located(text: str, found: Iterator[tuple[int, Any, int]]) -> Rows:
                 before = len(text[start : bad.start()].encode("utf-8", "surrogateescape"))
                 row = not_utf8(ord(bad[0]) - 0xDC00, offset + before)
         seen = start
+        if isinstance(row, Broken):
+            raise UserError(f"{path}:{number}: {row.reason}")
         yield number, row
 
 
@@ -190,4 +196,4 @@ def _skip(text: str, at: int) -> int:
 
 
 def _plain(e: json.JSONDecodeError) -> str:
-    return e.msg[0].lower() + e.msg[1:]
+    return e.msg[0].lower() + e.msg[1:].removesuffix(" starting at")

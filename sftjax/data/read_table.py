@@ -2,7 +2,7 @@
 
 A .csv record may span lines and knows the one it starts on. A .tsv record is a line: a quote there is a character like
 any other, except that a field wholly in quotes is taken out of them, and that a record whose quotes stay open goes on
-in the next line where that line alone has not all the columns.
+in the next lines as far as together they have no more fields than there are columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Record = tuple[int, list[str] | RowError]
 def read_table(file: Iterable[bytes], path: str, *, tabs: bool, numbers: tuple[str, ...] = ()) -> Iterator[tuple[int, Any]]:
     """(line, {column: text}) of each record. `numbers`: the columns wanted, by position, from a file without a header."""
     lines = (line for line in numbered(file, path))
-    records = _tsv(lines) if tabs else _csv(lines)
+    records = _tsv(lines) if tabs else _csv(lines, path)
     names: list[str] | None = None
     for number, record in records:
         if isinstance(record, RowError):
@@ -36,7 +36,7 @@ def read_table(file: Iterable[bytes], path: str, *, tabs: bool, numbers: tuple[s
             if headless:
                 yield number, dict(zip(names, record))
         elif len(record) != len(names):
-            yield number, RowError("", f"has {len(record)} fields where the first line has {len(names)}; {_cause(tabs)}")
+            yield number, RowError("", f"fields: {len(record)}, where the first line has {len(names)}; {_cause(tabs)}")
         else:
             yield number, dict(zip(names, record))
 
@@ -52,7 +52,7 @@ def _header(record: list[str], path: str) -> list[str]:
     return names
 
 
-def _csv(lines: Iterator[Line]) -> Iterator[Record]:
+def _csv(lines: Iterator[Line], path: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # the default refuses a field above 128 KiB
     first = next((line for line in lines if line.raw.strip()), None)
     if first is None:
@@ -77,6 +77,10 @@ def _csv(lines: Iterator[Line]) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as e:
+            if "end of data" in str(e):
+                raise UserError(
+                    f"{path}:{start}: a quote opened in this row is never closed; the rows after it are lost in it"
+                ) from e
             bad = bad or RowError("", f"is not CSV ({e}), up to line {last}; is a quote not closed, or not doubled?")
         if bad or record:  # a blank line is an empty record
             yield start, bad or record or []
@@ -111,7 +115,7 @@ def _rest(raw: bytes, width: int, lines: Iterator[Line], ahead: deque[Line]) -> 
     """The lines taken from `ahead` that close the quotes of `raw`'s last field; none where none close them."""
     cell = raw.rpartition(b"\t")[2]
     odd = cell.startswith(b'"') and cell.count(b'"') % 2 == 1
-    seen = 0
+    seen, tabs = 0, raw.count(b"\t")
     while odd and seen < REACH:
         if seen == len(ahead):
             following = next(lines, None)
@@ -119,8 +123,9 @@ def _rest(raw: bytes, width: int, lines: Iterator[Line], ahead: deque[Line]) -> 
                 return []
             ahead.append(following)
         part = ahead[seen].raw
-        if part.count(b"\t") + 1 >= width:
-            return []  # complete by itself: the quote was only a character
+        tabs += part.count(b"\t")
+        if tabs >= width:
+            return []  # too many fields for one record: the quote was only a character
         odd = odd != (part.count(b'"') % 2 == 1)
         seen += 1
     return [] if odd else [ahead.popleft() for _ in range(seen)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from sftjax.config import UserError
 from sftjax.data.example import RowError
-from sftjax.data.lines import decode, numbered, open_bytes
+from sftjax.data.lines import BOM, decode, numbered, open_bytes
 from sftjax.data.read_json import read_document, read_lines
 from sftjax.data.read_table import read_table
 
@@ -113,10 +113,10 @@ def _rows(path: str, numbers: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
             yield from read_document(raw, path)
         case ".jsonl":
             with open_bytes(path) as file:
-                start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+                start = file.readline(64).removeprefix(BOM).strip()
                 file.seek(0)
-                array = start.startswith(b"[")  # an array under the wrong name
-                yield from read_document(file.read(), path) if array else read_lines(file, path)
+                whole = start == b"{" or start.startswith(b"[")  # an indented object or an array: a .json by another name
+                yield from read_document(file.read(), path) if whole else read_lines(file, path)
         case suffix:
             with open_bytes(path) as file:
                 yield from read_table(file, path, tabs=suffix == ".tsv", numbers=numbers)

@@ -1,0 +1,23 @@
+"""Every test runs on 8 virtual CPU devices, without a network, with compiled programs kept from one run to the next."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers of pytest-xdist are parallel enough
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "sftjax" / "tests-xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real inputs: $SFTJAX_SHARED, else `shared` beside the repository. A test is skipped without it."""
+    folder = Path(os.environ.get("SFTJAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"needs the real inputs at {folder}; set SFTJAX_SHARED")
+    return folder
