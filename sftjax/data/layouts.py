@@ -29,7 +29,8 @@ NEEDS = {
     "label": ("text", "label"),
     "text": ("text",),
 }
-TURNS = ("system", "tools", "role", "content")  # role and content: the names of a turn's own two keys
+KEYS = ("role", "content")  # not columns of a row but the two keys of a turn, which may have other names too
+TURNS = ("system", "tools", *KEYS)
 MAY = {
     "messages": TURNS,
     "sharegpt": TURNS,
@@ -72,7 +73,7 @@ def detect(rows: Sequence[Any], source: str, *, format: str = "auto", columns: M
             near = difflib.get_close_matches(name, CANONICAL, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(CANONICAL)}"
             raise UserError(f"--config.data.columns.{name}={own}: no format has a column {name}{hint}")
-        if not any(own in row or pick(row, own) is not None for row in rows):
+        if name not in KEYS and not any(own in row or pick(row, own) is not None for row in rows):
             raise UserError(f"--config.data.columns.{name}={own}: {source} has no such column; it has {_listing(seen)}")
     _refuse_preferences(rows, source, format, columns)
     for candidate in NEEDS if format == "auto" else (format,):
@@ -87,7 +88,7 @@ def _fit(format: str, seen: list[str], columns: Mapping[str, str]) -> dict[str, 
         return None
     found = dict(columns)
     for name in NEEDS[format] + MAY[format]:
-        if name not in found:
+        if name not in found and name not in KEYS:
             usual = (own for own in (name, *ALIASES.get(name, ())) if own in seen and own not in found.values())
             if (own := next(usual, None)) is not None:
                 found[name] = own

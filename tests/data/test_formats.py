@@ -1,0 +1,357 @@
+"""Every format becomes the same few Examples, and every row is checked: what is wrong is told by file, line and field."""
+
+import json
+
+import pytest
+
+from sftjax.config import UserError, default
+from sftjax.data.example import Example, Message
+from sftjax.data.formats import Rejected, fail_on, read_examples, sources
+
+USER, ANSWER = Message("user", "q"), Message("assistant", "a")
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Examples and Rejecteds of rows (or a file's text), with config.data changed by keywords."""
+
+    def run(*rows, name="rows.jsonl", data=None, spec=None, say=None, **changes):
+        path = tmp_path / name
+        path.write_text("\n".join(map(json.dumps, rows)) if data is None else data)
+        config = default().data
+        config.train = (str(path),) if spec is None else spec
+        for key, value in changes.items():
+            with config.unlocked(), config.ignore_type():
+                config[key] = value
+        return list(read_examples(config.train, config, say))
+
+    return run
+
+
+def one(found):
+    (example,) = found
+    assert isinstance(example, Example), str(example)
+    return example
+
+
+def reason(found):
+    (bad,) = found
+    assert isinstance(bad, Rejected)
+    return f"{bad.field}: {bad.reason}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "input": "", "output": "a", "history": [], "system": None, "tools": "[]"},
+        {"question": "q", "answer": "a"},
+        {"query": "q", "response": "a"},
+        {"prompt": "q", "output": "a", "id": 7},
+        {"input": "q", "output": "a"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [Q, A], "system": ""},
+        {"conversation": json.dumps([Q, A])},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "role": "x", "content": "y"},
+        {"messages": [Q, A]},
+        {"messages": [Q | {"name": None, "tool_calls": None}, A | {"tool_calls": [], "function_call": None}], "tools": None},
+        {"messages": [Q, {"role": "assistant", "content": [{"type": "text", "text": "a", "image_url": None}]}], "images": []},
+        {"messages": [Q, {"role": "assistant", "content": [{"type": "text", "value": "a"}]}]},
+    ],
+)
+def test_one_question_and_answer_in_every_dialect_is_one_example(load, row):
+    assert one(load(row)).messages == (USER, ANSWER)
+
+
+def test_alpaca_with_everything(load):
+    row = {"system": "s", "history": [["h", "i"]], "instruction": "q", "input": "in", "output": "a", "tools": [TOOL["function"]]}
+    example = one(load(row))
+    assert [(m.role, m.content) for m in example.messages] == [
+        ("system", "s"),
+        ("user", "h"),
+        ("assistant", "i"),
+        ("user", "q\nin"),
+        ("assistant", "a"),
+    ]
+    assert example.tools == (TOOL,)
+
+
+def test_prompt_and_completion_are_raw_text_or_turns_of_which_only_the_completion_is_trained(load):
+    assert one(load({"prompt": "q ", "completion": "a"})).completion == ("q ", "a")
+    for completion in ("a", [A]):
+        asked, before, again, answer = one(load({"prompt": [Q, A, Q], "completion": completion})).messages
+        assert (asked.loss, before.loss, again.loss, answer) == (0.0, 0.0, 0.0, ANSWER)
+
+
+def test_plain_text_in_every_shape(load):
+    assert one(load({"text": "a b"})).text == "a b"
+    assert one(load(data='["a b"]', name="a.json")).text == "a b"
+    assert one(load(data="a b\n", name="a.txt")).text == "a b"
+
+
+def test_labels_are_answers_to_the_prompt(load):
+    data = "label,review\n10,a {labels}\n2,b\n"
+    columns, prompt = {"text": "review"}, "{text} ({labels})"
+    first, second = load(data=data, name="a.csv", columns=columns, label_prompt=prompt)
+    assert first.messages == (Message("user", "a {labels} (2, 10)"), Message("assistant", "10"))
+    assert (first.label, second.label, second.line) == ("10", "2", 3)
+
+
+@pytest.mark.parametrize(("label", "text"), [(0, "0"), (1.0, "1"), ("spam ", "spam"), (True, "True")])
+def test_a_label_is_a_word_or_a_whole_number(load, label, text):
+    assert one(load({"text": "t", "label": label})).label == text
+
+
+@pytest.mark.parametrize("label", [None, "", 0.5, ["x"]])
+def test_a_label_is_nothing_else(load, label):
+    assert "label: is" in reason(load({"text": "t", "label": label}))
+
+
+def test_the_configs_system_prompt_is_for_rows_without_one(load):
+    own = {"messages": [{"role": "system", "content": "own"}, Q, A]}
+    found = load(own, {"messages": [Q, A]}, {"messages": [Q, A], "system": "column"}, system="config")
+    assert [(e.messages[0].role, e.messages[0].content) for e in found] == [("system", x) for x in ("own", "config", "column")]
+    assert "keep one" in reason(load(own | {"system": "other"}))
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"role": "assistant", "tool_calls": json.dumps([{"name": "f", "arguments": {"x": 1}}])},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": {"x": 1}}]'},
+    ],
+)
+def test_a_tool_call_in_every_dialect_is_one_call_with_a_dict(load, turn):
+    result = {"from": "observation", "value": "1"} if "from" in turn else {"role": "tool", "content": "1"}
+    example = one(load({"messages": [Q, turn, result], "functions": json.dumps([TOOL])}))
+    assert example.messages[1:] == (Message("assistant", None, extra={"tool_calls": [CALL]}), Message("tool", "1"))
+    assert example.tools == (TOOL,)
+
+
+def test_what_a_template_may_know_is_passed_on(load):
+    parts = [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "a"}]
+    found = one(load({"messages": [Q | {"name": "Ann"}, {"role": "assistant", "content": parts}]})).messages
+    assert found == (Message("user", "q", extra={"name": "Ann"}), Message("assistant", "a", extra={"reasoning_content": "hm"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "loss"), [("loss", False, 0.0), ("loss", 0.5, 0.5), ("loss_weight", 1.0, 1.0), ("weight", 0, 0.0)]
+)
+def test_a_turn_may_weigh_its_own_loss(load, key, value, loss):
+    assert one(load({"messages": [Q, A | {key: value}, A]})).messages[1] == Message("assistant", "a", loss)
+
+
+@pytest.mark.parametrize("role", ["background", "narrator", "event", "observation"])
+def test_any_role_can_be_mapped_or_passed_on(load, role):
+    row = {"messages": [{"role": role, "content": "x"}, Q, A]}
+    assert one(load(row, roles={role: role})).messages[0].role == role
+    assert one(load(row, roles={role: "system"})).messages[0].role == "system"
+    if role != "observation":  # which is what others call a tool's answer
+        told = reason(load(row))
+        assert "messages[0].role" in told and f"--config.data.roles.{role}=user" in told and f"roles.{role}={role}" in told
+
+
+def test_a_turn_with_a_loss_of_its_own_answers_in_any_role(load):
+    row = {"messages": [Q, {"role": "narrator", "content": "x", "loss": 1}]}
+    assert one(load(row, roles={"narrator": "narrator"})).messages[1].loss == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"instruction": "q"}, "output: is missing or null"),
+        ({"instruction": "q", "output": None}, "output: is missing or null"),
+        ({"instruction": "q", "output": 5}, "output: is the number 5, must be text (put it in quotes)"),
+        ({"instruction": "q", "output": ["a"]}, "output: is a list of 1, must be text"),
+        ({"instruction": "q", "output": " \n"}, "output: is empty"),
+        ({"instruction": "", "output": "a"}, "instruction: is empty"),
+        ({"instruction": "q", "output": "a", "input": 1}, "input: is the number 1, must be text (put it in quotes)"),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "history[0]: is a list of 1, must be a pair"),
+        ({"instruction": "q", "output": "a", "history": "x"}, "history: holds text that is not JSON"),
+        ({"instruction": "q", "output": "a", "image": "a.png"}, "image: holds image, audio or video input"),
+        ([1], ": the row is a list of 1, must be an object"),
+        (7, ": the row is the number 7, must be an object"),
+    ],
+)
+def test_a_bad_alpaca_row_is_told_wherever_it_stands(load, row, told):
+    good = {"instruction": "q", "output": "a"}
+    first, bad, last = load(good, row, good)
+    assert isinstance(first, Example) and isinstance(last, Example)
+    assert bad.line == 2 and f"{bad.field}: {bad.reason}".startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        ([Q], "messages: has no assistant turn, so there is nothing to train on (roles: user)"),
+        ([], "messages: is empty: it has no turns"),
+        (None, "messages: is missing or null"),
+        ("hi", "messages: holds text that is not JSON"),
+        ({"a": 1}, "messages: is an object, must be a list"),
+        ([None, A], "messages[0]: is null, must be an object"),
+        ([{"content": "x"}, A], "messages[0]: has no role or from; its keys are content"),
+        ([{"role": 1, "content": "x"}, A], "messages[0].role: is the number 1, must be text"),
+        ([{"role": "user"}, A], "messages[0].content: is missing or null"),
+        ([{"from": "human"}, A], "messages[0].value: is missing or null"),
+        ([Q, A | {"content": ""}], "messages[1].content: is an empty answer"),
+        ([Q, A | {"content": 3.5}], "messages[1].content: is the number 3.5, must be text"),
+        ([Q, A | {"content": [{"type": "image", "image": "x"}]}], "messages[1].content[0]: holds image"),
+        ([Q, A | {"content": [{"type": "hologram"}]}], "messages[1].content[0]: has the type 'hologram'"),
+        ([Q, A | {"content": [None]}], "messages[1].content[0]: is null"),
+        ([Q, A | {"loss": "no"}], "messages[1].loss: is the text 'no', must be true, false or a number"),
+        ([Q, A | {"loss": -1}], "messages[1].loss: is the number -1"),
+        ([Q, A | {"tool_calls": [None]}], "messages[1].tool_calls: is not a tool call"),
+        (
+            [Q, A | {"tool_calls": [{"name": "f", "arguments": "{x"}]}],
+            "messages[1].tool_calls.arguments: holds text that is not JSON",
+        ),
+        ([Q, A | {"tool_calls": [{"name": "f", "arguments": [1]}]}], "messages[1].tool_calls.arguments: is a list of 1"),
+    ],
+)
+def test_a_bad_turn_is_told_by_its_place(load, turns, told):
+    first, bad = load({"messages": [Q, A]}, {"messages": turns})
+    assert isinstance(first, Example)
+    assert f"{bad.field}: {bad.reason}".startswith(told)
+
+
+def test_an_empty_answer_that_is_not_trained_may_stand(load):
+    assert one(load({"messages": [Q, A | {"content": "", "loss": False}, Q, A]})).messages[1].content == ""
+
+
+def test_bad_tools_are_told(load):
+    assert reason(load({"messages": [Q, A], "tools": [{"x": 1}]})).startswith("tools[0]: is not a tool")
+    assert reason(load({"messages": [Q, A], "tools": "["})).startswith("tools: holds text that is not JSON")
+
+
+def test_columns_of_any_name_even_inside_others(load):
+    row = {"task": {"ask": "q"}, "tries": [{"said": "a"}]}
+    assert one(load(row, columns={"instruction": "task.ask", "output": "tries.0.said"})).messages == (USER, ANSWER)
+    turns = {"dialog": [{"who": "user", "says": "q"}, {"who": "assistant", "says": "a"}]}
+    assert one(load(turns, columns={"messages": "dialog", "role": "who", "content": "says"})).messages == (USER, ANSWER)
+    (example,) = load(data="good film\t1\n", name="a.tsv", columns={"text": "0", "label": "1"})
+    assert (example.label, example.line) == ("1", 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "told"),
+    [
+        ({"id": 1, "turns": []}, {}, ("id, turns", "prompt, completion", "--config.data.columns.instruction=NAME")),
+        ({"review": "r", "label": 1}, {}, ("to read it as label", "--config.data.columns.text=NAME")),
+        ({"a": "b"}, {"format": "sharegpt"}, ("is not of the format sharegpt", "--config.data.columns.conversations=NAME")),
+        ({"a": "b"}, {"columns": {"text": "c"}}, ("columns.text=c", "has no such column; it has a")),
+        ({"a": "b"}, {"columns": {"txt": "a"}}, ("no format has a column txt; did you mean text?",)),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}, ("preferences (chosen, rejected)", "columns.completion=chosen")),
+        ({"prompt": "q", "completion": "a", "label": False}, {}, ("KTO", "--config.data.format=prompt_completion")),
+        ({"text": "t", "label": 1}, {"label_prompt": "no place"}, ("label_prompt='no place': has no {text}",)),
+    ],
+)
+def test_a_source_that_is_not_understood_is_answered_with_what_to_do(load, row, changes, told):
+    with pytest.raises(UserError) as e:
+        load(row, **changes)
+    assert all(part in str(e.value) for part in told), str(e.value)
+
+
+def test_what_was_refused_can_be_asked_for(load):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert one(load(pair, columns={"completion": "chosen"})).completion == ("q", "a")
+    marked = {"prompt": "q", "completion": "a", "label": True}
+    assert one(load(marked, format="prompt_completion")).completion == ("q", "a")
+
+
+def test_how_a_source_was_understood_is_said(load):
+    said: list[str] = []
+    load({"question": "q", "answer": "a"}, say=said.append)
+    assert [line.split(": ", 1)[1] for line in said] == ["read as alpaca (question as instruction, answer as output)"]
+
+
+def test_a_source_without_a_readable_row_is_all_rejected(load):
+    assert [(bad.line, bad.reason) for bad in load(data="", name="a.csv")] == [(1, "the file is empty: it has no rows")]
+    assert [bad.line for bad in load(data="{x\n{y\n")] == [1, 2]
+
+
+def test_sources_of_every_kind_of_spec(load, tmp_path):
+    (tmp_path / "a.csv").write_text("review,label\nfine,1\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "plain"}))
+    csv = {"path": str(tmp_path / "a.csv"), "columns": {"text": "review"}, "weight": 2}
+    label, text = load(spec=(csv, {"path": str(tmp_path / "b.jsonl"), "format": "text"}))
+    assert (label.label, label.source, text.text) == ("1", str(tmp_path / "a.csv"), "plain")
+    assert [(s.path, s.weight) for s in sources(("x", [csv], None))] == [("x", 1.0), (str(tmp_path / "a.csv"), 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"path": "x", "wieght": 1}, "no such key 'wieght'; did you mean weight?"),
+        ({"weight": 1}, "needs a path"),
+        ({"path": "x", "weight": 0}, "weight 0 needs to be a number above 0"),
+        ({"path": "x", "weight": float("nan")}, "weight nan needs to be a number above 0"),
+        ({"path": "x", "format": "alpacca"}, "needs to be one of"),
+        ({"path": "x", "columns": "text"}, "needs to be a dict"),
+        (3, "needs a path"),
+    ],
+)
+def test_a_bad_source_is_refused(given, told):
+    with pytest.raises(UserError, match=told):
+        sources((given,))
+
+
+def test_the_error_shows_the_first_ten_and_the_total():
+    fail_on([])
+    with pytest.raises(UserError) as e:
+        fail_on([Rejected("f.jsonl", line, "output", "is empty") for line in range(1, 13)])
+    lines = str(e.value).splitlines()
+    assert lines[0] == "12 rows cannot be used:" and lines[1] == "  f.jsonl:1: output: is empty"
+    assert lines[10:12] == ["  f.jsonl:10: output: is empty", "  ... and 2 more"] and "on_bad_row=skip" in lines[12]
+
+
+REAL = [
+    ("llamafactory/alpaca_en_demo.json", {}, "alpaca", 999),
+    ("llamafactory/alpaca_zh_demo.json", {}, "alpaca", 1000),
+    ("llamafactory/identity.json", {}, "alpaca", 91),
+    ("llamafactory/glaive_toolcall_en_demo.json", {}, "sharegpt", 300),
+    ("llamafactory/glaive_toolcall_zh_demo.json", {}, "sharegpt", 300),
+    ("llamafactory/reason_tool_use_demo_50.jsonl", {}, "messages", 50),
+    ("llamafactory/v1_sft_demo.jsonl", {}, "messages", 500),
+    ("llamafactory/kto_en_demo.json", {"format": "messages"}, "messages", 300),
+    ("llamafactory/c4_demo.jsonl", {}, "text", 300),
+    ("llamafactory/wiki_demo.txt", {}, "text", 30),
+    ("llamafactory/ms-swift/alpaca.csv", {}, "alpaca", 3),
+    ("llamafactory/ms-swift/conversations.jsonl", {}, "sharegpt", 3),
+    ("llamafactory/ms-swift/swift_multi.jsonl", {}, "alpaca", 3),
+    ("gsm8k/train.jsonl", {}, "alpaca", 7473),
+    ("sharegpt/dummy_conversation.json", {}, "sharegpt", 500),
+    (
+        "stanford_alpaca_seed/seed_tasks.jsonl",
+        {"columns": {"input": "instances.0.input", "output": "instances.0.output"}},
+        "alpaca",
+        175,
+    ),
+    ("derived/bfcl_openai_tools.jsonl", {}, "messages", 800),
+    ("derived/hh_harmless_pairs.jsonl", {"columns": {"completion": "chosen"}}, "prompt_completion", 2303),
+    ("text_classification/ChnSentiCorp_htl_all.csv", {"columns": {"text": "review"}}, "label", 7765),
+    ("text_classification/SST2_train.tsv", {"columns": {"text": "0", "label": "1"}}, "label", 6920),
+    ("text_classification/sms_spam.tsv", {"columns": {"text": "1", "label": "0"}}, "label", 5574),
+    ("pretrain_text", {}, "text", 10441),
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "format", "count"), REAL)
+def test_real_files_are_read_whole(shared, load, path, changes, format, count):
+    said: list[str] = []
+    found = load(spec=(str(shared / "data" / path),), say=said.append, **changes)
+    assert said[0].split(": read as ")[1].split()[0] == format
+    assert sum(isinstance(row, Example) for row in found) == count
+
+
+@pytest.mark.parametrize("name", ["mllm_demo.json", "mllm_audio_demo.json", "mllm_video_demo.json", "v1_multimodal_demo.jsonl"])
+def test_real_multimodal_rows_are_refused_by_name(shared, load, name):
+    found = load(spec=(str(shared / "data" / "llamafactory" / name),))
+    assert found and all(isinstance(row, Rejected) and "only text can be trained on" in row.reason for row in found)
