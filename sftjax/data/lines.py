@@ -9,7 +9,7 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from sftjax.config import UserError
 from sftjax.data.example import RowError
@@ -39,7 +39,8 @@ def _open(path: str) -> BinaryIO:
     if "://" in path:
         import fsspec
 
-        return cast(BinaryIO, fsspec.open(path, "rb", compression="gzip" if zipped else None).open())
+        remote: Any = fsspec.open(path, "rb", compression="gzip" if zipped else None)
+        return remote.open()
     return cast(BinaryIO, gzip.open(path, "rb")) if zipped else open(path, "rb")
 
 

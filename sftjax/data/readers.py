@@ -170,11 +170,12 @@ def read_parquet(path: str) -> Iterator[tuple[int, Any]]:
 def read_hub(name: str) -> Iterator[tuple[int, Any]]:
     """The rows of a hub dataset `owner/name[:subset[:split]]` (split: train), numbered from 1."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     repo, subset, split = (*name.split(":"), "", "")[:3]
     try:
-        rows = datasets.load_dataset(repo, subset or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        rows: Any = datasets.load_dataset(repo, subset or None, split=split or "train")
+    except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"{name}: no such file here, and not to be had from the hub as a dataset: {said}") from e
     for number, row in enumerate(rows, 1):

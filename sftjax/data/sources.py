@@ -54,7 +54,7 @@ def _source(given: dict[str, Any]) -> Source:
         raise UserError(
             f"data source {given['path']}: format {format!r} needs to be one of {', '.join(map(str, CHOICES['data.format']))}"
         )
-    columns = given.get("columns")
+    columns: Any = given.get("columns")
     if columns is not None and not isinstance(columns, (dict, ConfigDict)):
         raise UserError(f"data source {given['path']}: columns {columns!r} needs to be a dict, canonical name to own name")
     return Source(given["path"], float(weight), format, None if columns is None else dict(columns))
