@@ -57,4 +57,6 @@ def _source(given: dict[str, Any]) -> Source:
     columns: Any = given.get("columns")
     if columns is not None and not isinstance(columns, (dict, ConfigDict)):
         raise UserError(f"data source {given['path']}: columns {columns!r} needs to be a dict, canonical name to own name")
-    return Source(given["path"], float(weight), format, None if columns is None else dict(columns))
+    return Source(
+        given["path"], float(weight), format, None if columns is None else {str(name): str(own) for name, own in columns.items()}
+    )
