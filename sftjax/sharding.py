@@ -39,9 +39,12 @@ AXES = [
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one axis may be -1, the rest. Raises UserError where the sizes do not multiply out."""
+    """A mesh over all devices; one axis may be -1, the rest. Raises UserError where the sizes do not multiply out.
+
+    All three 1 is one device, however many there are.
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    devices = 1 if set(sizes.values()) == {1} else jax.device_count()
     free = [name for name, n in sizes.items() if n == -1]
     known = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1:
@@ -51,7 +54,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if math.prod(sizes.values()) != devices:
         shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
         raise UserError(f"mesh: {shown} does not make the {devices} devices here; set one of --config.mesh.* to -1")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices])
 
 
 def mesh_in_use() -> Any | None:
@@ -81,11 +84,10 @@ def shardings(params: Any, mesh: Mesh) -> Any:
 def _leaf(name: str, value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
     if value is None:
         return None
-    if dataclasses.is_dataclass(value):  # a kind says which axes its parts have; kinds nest
-        parts = value.axes(axes)  # type: ignore[attr-defined]
-        return dataclasses.replace(
-            value, **{part: _leaf(f"{name}.{part}", getattr(value, part), a, mesh) for part, a in parts.items()}
-        )  # type: ignore[type-var]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = value.axes(axes)  # type: ignore[attr-defined]  # a kind says which axes its parts have, and kinds nest
+        placed = {part: _leaf(f"{name}.{part}", getattr(value, part), a, mesh) for part, a in parts.items()}
+        return dataclasses.replace(value, **placed)
     spec = P(*(RULES[a] for a in axes))
     for dim, axis in zip(value.shape, spec):
         if axis is not None and dim % mesh.shape[axis]:

@@ -1,6 +1,6 @@
 """Losses: `(params, batch, key) -> (sum, count, metrics)`, pure, composed by wrapping the forward."""
 
 from sftjax.losses.neftune import neftune
-from sftjax.losses.tokens import logprobs, masked_xent
+from sftjax.losses.tokens import Forward, Loss, logprobs, masked_xent
 
-__all__ = ["logprobs", "masked_xent", "neftune"]
+__all__ = ["Forward", "Loss", "logprobs", "masked_xent", "neftune"]

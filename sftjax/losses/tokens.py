@@ -77,7 +77,9 @@ def _blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(cut(x) for x in arrays)
 
 
-def _block_sums(label_smoothing: float, z_loss: float, h: Array, head: kinds.Weight, targets: Array, weights: Array) -> tuple[Array, Array]:
+def _block_sums(
+    label_smoothing: float, z_loss: float, h: Array, head: kinds.Weight, targets: Array, weights: Array
+) -> tuple[Array, Array]:
     logits = kinds.matmul(h, head).astype(jnp.float32)
     lse = jax.nn.logsumexp(logits, -1)  # float32: a sum of 100k exponentials
     nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -90,7 +92,9 @@ def _block_sums(label_smoothing: float, z_loss: float, h: Array, head: kinds.Wei
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _xent(label_smoothing: float, z_loss: float, hidden: Array, head: kinds.Weight, targets: Array, weights: Array) -> tuple[Array, Array]:
+def _xent(
+    label_smoothing: float, z_loss: float, hidden: Array, head: kinds.Weight, targets: Array, weights: Array
+) -> tuple[Array, Array]:
     def block(sums, xs):
         h, t, w = xs
         loss, nll = _block_sums(label_smoothing, z_loss, h, head, t, w)
@@ -103,7 +107,7 @@ def _xent(label_smoothing: float, z_loss: float, hidden: Array, head: kinds.Weig
 def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
     flags = jax.tree.map(lambda x: x.perturbed, head)
     hidden, head, targets, weights = jax.tree.map(lambda x: x.value, (hidden, head, targets, weights))
-    leaves, structure = jax.tree.flatten(head)
+    leaves, structure = jax.tree_util.tree_flatten(head)
     trained = [i for i, flag in enumerate(jax.tree.leaves(flags)) if flag]  # a frozen head gets no gradient
 
     def block(carry, xs):
@@ -114,7 +118,7 @@ def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
             whole = list(leaves)
             for i, part in zip(trained, parts):
                 whole[i] = part
-            return _block_sums(label_smoothing, z_loss, h, structure.unflatten(whole), t, w)
+            return _block_sums(label_smoothing, z_loss, h, jax.tree.unflatten(structure, whole), t, w)
 
         block_loss, pull, block_nll = jax.vjp(sums, h, [leaves[i] for i in trained], has_aux=True)
         dh, dparts = pull(jnp.ones((), jnp.float32))
@@ -125,10 +129,10 @@ def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
     start = (zero, zero, [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained])
     (loss, nll, grads), dh = jax.lax.scan(block, start, _blocks(head.shape[-1], hidden, targets, weights))
     dhidden = jnp.moveaxis(dh, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[-1])[:, : hidden.shape[1]]
-    dhead = [None] * len(leaves)
+    dhead: list[Any] = [None] * len(leaves)
     for i, g in zip(trained, grads):
         dhead[i] = g.astype(leaves[i].dtype)
-    return (loss, nll), (dhidden, structure.unflatten(dhead) if trained else None, head)
+    return (loss, nll), (dhidden, jax.tree.unflatten(structure, dhead) if trained else None, head)
 
 
 def _xent_bwd(label_smoothing, z_loss, residuals, cotangents):

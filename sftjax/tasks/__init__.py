@@ -1,0 +1,18 @@
+"""Tasks: data + loss + loop, a file each. `train(config, workdir)` runs the one that config.task names, or resumes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sftjax.tasks import pretrain, sft
+
+# a row of text and label is an instruction like any other: the label is generated
+TASKS = {"sft": sft.train, "classify": sft.train, "pretrain": pretrain.train}
+
+
+def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Trains in `workdir` and returns what its summary.json holds. Raises UserError; Stopped where a signal asked for it."""
+    return TASKS[config.task](config, workdir, force=force)

@@ -107,7 +107,7 @@ def _low_rank_bwd(scale, residuals, dy):
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     da = scale * (x.T @ (dy @ b.T))
     db = scale * ((x @ a).T @ dy)
-    return dx, x.T @ dy, da, db  # the base's is dropped by the compiler where the base is frozen
+    return dx, (x.T @ dy).astype(base.dtype), da, db  # the base's is dropped by the compiler where the base is frozen
 
 
 _low_rank_matmul.defvjp(_low_rank_fwd, _low_rank_bwd)

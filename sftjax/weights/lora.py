@@ -82,7 +82,10 @@ def match(params: Any, targets: str | Sequence[str]) -> set[str]:
         if not found:
             known = sorted({name.rpartition(".")[2] for name in modules.values()})
             near = difflib.get_close_matches(target, known, n=1)
-            raise UserError(f"lora.targets: nothing is named {target!r}; {f'did you mean {near[0]}? ' if near else ''}there are {', '.join(known)}")
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"lora.targets: nothing is named {target!r}; {hint}there are {', '.join(known)}"
+            )
         chosen |= found
     return chosen
 

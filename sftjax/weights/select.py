@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ def everything(params: Any) -> Any:
     return jax.tree.map(lambda _: True, params)
 
 
-def low_rank(params: Any) -> Any:
-    """a and b of every LowRank."""
+def low_rank(params: Any, also: Sequence[str] = ()) -> Any:
+    """a and b of every LowRank, and the whole leaves at the paths of `also`."""
 
-    def leaf(_: str, w: Any) -> Any:
-        mask = jax.tree.map(lambda _: False, w)
-        return LowRank(mask.base, True, True, w.scale, w.dropout) if isinstance(w, LowRank) else mask  # type: ignore[arg-type]
+    def leaf(path: str, w: Any) -> Any:
+        mask = jax.tree.map(lambda _: path in also, w)
+        return replace(mask, a=True, b=True) if isinstance(w, LowRank) else mask
 
     return tree.map_leaves(leaf, params)
 

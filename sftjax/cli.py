@@ -1,0 +1,202 @@
+"""The command line: one verb a function, thin over the Python face. A user's mistake is one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from typing import Any, NoReturn
+
+EXAMPLES = {
+    "preview": "sftjax preview --config=configs/sft_lora.py --config.data.train=mine.jsonl",
+    "train": "sftjax train --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --workdir=runs/mine",
+    "export": "sftjax export --workdir=runs/mine --to=hf --out=mine",
+    "chat": "sftjax chat --model=mine",
+    "generate": "sftjax generate --model=mine --data=questions.jsonl --out=answers.jsonl",
+}
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if not args.verb:
+        parser.print_help()
+        sys.exit(0)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenised by processes of our own
+    from sftjax.config import UserError
+    from sftjax.train.stop import Stopped
+
+    try:
+        args.overrides = overrides(args, rest)
+        VERBS[args.verb](args)
+    except UserError as e:
+        print(f"sftjax {args.verb}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(128 + e.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone: `sftjax preview | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    text = "A Hugging Face checkpoint and a file of examples in, a better Hugging Face checkpoint out."
+    parser = argparse.ArgumentParser("sftjax", description=text, allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, help: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return verbs.add_parser(
+            name, help=help, description=help, epilog=f"example:\n  {EXAMPLES[name]}", formatter_class=raw, allow_abbrev=False
+        )
+
+    def config(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), such as configs/sft_lora.py")
+        p.add_argument_group(
+            "any key of the config", "--config.KEY=VALUE, e.g. --config.optim.lr=1e-4; sftjax/config.py lists them all"
+        )
+
+    p = verb("preview", "Shows rows as the model sees them: every token, what is trained, what is dropped and why.")
+    config(p)
+    p.add_argument("--rows", type=int, default=3, help="rows to show in full (default 3)")
+
+    p = verb("train", "Runs the config's task in a directory; run again, it resumes.")
+    config(p)
+    p.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory: checkpoints, metrics, report")
+    p.add_argument("--force", action="store_true", help="go on in a directory whose run had another config, data or base")
+
+    p = verb("export", "Writes a run's weights for others to load, reads them back and compares.")
+    p.add_argument("--workdir", required=True, metavar="DIR")
+    p.add_argument(
+        "--to", default="hf", choices=["hf", "peft", "vllm"], help="merged checkpoint, PEFT adapter, or adapter for vLLM"
+    )
+    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--checkpoint", default="last", metavar="last|best|STEP")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of every tensor (default: as in the base)")
+
+    p = verb("chat", "Talks with a model in the terminal; piped lines work too.")
+    model(p)
+    p.add_argument("--system", help="a system prompt")
+
+    p = verb("generate", "Answers every prompt of a data file, into JSON lines.")
+    model(p)
+    p.add_argument("--data", required=True, metavar="FILE", help="any format that training reads")
+    p.add_argument("--out", required=True, metavar="FILE")
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--force", action="store_true", help="write over an --out that exists")
+    return parser
+
+
+def model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory or hub id")
+    p.add_argument("--adapter", metavar="DIR", help="a PEFT adapter over it")
+    p.add_argument("--max-new-tokens", type=int, default=512)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-k", type=int, default=0)
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--min-p", type=float, default=0.0)
+    p.add_argument("--repetition-penalty", type=float, default=1.0)
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop where this text appears; may be given again")
+    p.add_argument("--seed", type=int, default=0)
+
+
+def overrides(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """`key=value` of every --config.key=value, or --config.key value, that argparse left over. Raises UserError on others."""
+    from sftjax.config import UserError
+
+    found, i = [], 0
+    while i < len(rest):
+        item = rest[i]
+        if not (item.startswith("--config.") and hasattr(args, "config")):
+            flags = ["--" + name.replace("_", "-") for name in vars(args) if name != "verb"]
+            near = difflib.get_close_matches(item.partition("=")[0], flags, n=1)
+            raise UserError(
+                f"{item}: no such option{f'; did you mean {near[0]}?' if near else ''}; see sftjax {args.verb} --help"
+            )
+        if "=" not in item:
+            i += 1
+            if i == len(rest):
+                raise UserError(f"{item}: needs a value, {item}=VALUE")
+            item += "=" + rest[i]
+        found.append(item.removeprefix("--config."))
+        i += 1
+    return found
+
+
+def load_config(args: argparse.Namespace) -> Any:
+    from sftjax.config import load
+
+    return load(args.config, args.overrides)
+
+
+def preview(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sftjax.data.preview import preview
+
+    preview(load_config(args), Console(), rows=args.rows)
+    print(f"\nnext: sftjax train --config={args.config} --workdir=runs/mine")
+
+
+def train(args: argparse.Namespace) -> None:
+    from sftjax import tasks
+
+    keep_compilations()
+    summary = tasks.train(load_config(args), args.workdir, force=args.force)
+    for name in ("eval_loss", "exact_match"):
+        if summary.get(name) is not None and summary.get(f"{name}_before") is not None:
+            print(f"{name.replace('_', ' ')}: {summary[f'{name}_before']:.4f} -> {summary[name]:.4f}")
+    print(f"report: {args.workdir}/report.html")
+    print(f"next: sftjax export --workdir={args.workdir} --to=hf --out=DIR")
+
+
+def export_(args: argparse.Namespace) -> None:
+    from sftjax.tasks.export import export
+
+    keep_compilations()
+    export(args.workdir, to=args.to, out=args.out, checkpoint=args.checkpoint, dtype=args.dtype)
+    if args.to == "hf":
+        print(f"next: sftjax chat --model={args.out}")
+    elif args.to == "peft":
+        print(f"next: sftjax chat --model=BASE --adapter={args.out}")
+    else:
+        print(f"next: vllm serve BASE --enable-lora --lora-modules mine={args.out}")
+
+
+def chat(args: argparse.Namespace) -> None:
+    from sftjax.generate.chat import run_chat
+
+    keep_compilations()
+    run_chat(args.model, system=args.system, **sampling(args))
+
+
+def generate(args: argparse.Namespace) -> None:
+    from sftjax.generate.answer import run_generate
+
+    keep_compilations()
+    run_generate(args.model, data=args.data, out=args.out, batch_size=args.batch_size, force=args.force, **sampling(args))
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("adapter", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
+
+
+def keep_compilations() -> None:
+    """What XLA compiled is kept between runs, in ~/.cache/sftjax/xla or JAX_COMPILATION_CACHE_DIR."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/sftjax/xla"))
+
+
+VERBS = {"preview": preview, "train": train, "export": export_, "chat": chat, "generate": generate}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Model: a checkpoint opened, with everything one needs to look at it. `sftjax.load("Qwen/Qwen3-0.6B")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sftjax.data.batch import Batch
+from sftjax.data.chat import load_tokenizer
+from sftjax.hf.load import load_config, load_params, resolve
+from sftjax.hf.peft import load_adapter
+from sftjax.models.config import DecoderConfig
+from sftjax.models.decoder import Decoder, Output, forward
+from sftjax.weights.kinds import matmul
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder, its parameters and its tokenizer, and the directory they came from."""
+
+    module: Decoder
+    params: Any
+    tokenizer: Any
+    config: DecoderConfig
+    directory: Path
+
+    @property
+    def forward(self) -> Callable[..., Output]:
+        """`(params, batch, key=None) -> Output(hidden, head)`: what losses are made from."""
+        return forward(self.module)
+
+    def logits(self, tokens: Any) -> Array:
+        """tokens [B, T], or one text as a str -> [B, T, V] float32. For looking, not for training: the logits are whole."""
+        ids = self.tokenizer(tokens)["input_ids"] if isinstance(tokens, str) else tokens
+        ids = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        ones = jnp.ones_like(ids)
+        hidden, head = self.forward(self.params, Batch(ids, ones, ones, positions))
+        return matmul(hidden, head).astype(jnp.float32)
+
+
+def load(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Opens a local Hugging Face directory or a hub id, with a PEFT adapter over it where one is given. Raises UserError.
+
+    `dtype` is the compute dtype: None is bfloat16 on accelerators and float32 on a CPU.
+    """
+    directory = resolve(path, revision)
+    config = load_config(directory)
+    params = load_params(directory, config)
+    if adapter:
+        params = load_adapter(params, resolve(adapter, needs="adapter_config.json"))
+    tokenizer = load_tokenizer(directory, trust_remote_code, revision)
+    return Model(Decoder(config, compute_dtype(dtype)), params, tokenizer, config, directory)
+
+
+def compute_dtype(name: Any) -> Any:
+    if name is not None:
+        return jnp.dtype(name)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

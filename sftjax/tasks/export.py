@@ -1,0 +1,129 @@
+"""Out again: a run's weights as a Hugging Face checkpoint, a PEFT adapter, or an adapter as vLLM wants it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sftjax import config as schema
+from sftjax import sharding, tree
+from sftjax.config import UserError
+from sftjax.hf.peft import save_adapter, save_vllm
+from sftjax.hf.save import save
+from sftjax.hf.verify import verify
+from sftjax.tasks.job import Base
+from sftjax.train import optim
+from sftjax.train.checkpoint import Checkpoints
+from sftjax.train.step import init_state
+from sftjax.weights import select
+
+
+def export(
+    workdir: str | Path,
+    *,
+    to: str = "hf",
+    out: str | Path,
+    checkpoint: str = "last",
+    dtype: str | None = None,
+    say: Callable[[str], None] = print,
+) -> float:
+    """Writes the run's weights to `out`, reads them back and compares log-probs; returns the largest difference.
+
+    `checkpoint` is last, best or a step. `dtype` None keeps each tensor's own. Raises UserError, and ExportError where what
+    was read back is not what was trained; `out` is then as it was.
+    """
+    workdir = Path(workdir)
+    if to not in ("hf", "peft", "vllm"):
+        raise UserError(f"--to={to}: needs hf, peft or vllm")
+    config = read_config(workdir)
+    if to != "hf" and config.method != "lora":
+        raise UserError(f"--to={to}: the run trained by method {config.method}, which makes no adapter; use --to=hf")
+    if to != "hf" and dtype:
+        raise UserError(f"--dtype={dtype}: an adapter is always float32; leave --dtype out, or use --to=hf")
+    base = Base(config)
+    mesh = sharding.make_mesh(1, 1, 1)
+    decoder, params, mask = base.build(mesh)
+    params, step = restore(workdir, config, params, mask, checkpoint, say)
+    touched = {path for path, m in tree.flatten(mask).items() if any(jax.tree.leaves(m))}
+    params = select.uncut(params)
+    untouched = set(tree.flatten(params)) - {path.replace("lower/", "layers/") for path in touched}
+    if base.new_tokens:
+        untouched -= {"embed/embedding", "head/kernel"}
+    rows = probe_rows(base, decoder.config.vocab)
+    differences: list[float] = []
+
+    def check(directory: Path, **where: Any) -> None:
+        differences.append(verify(directory, params, decoder.config, rows, **where))
+
+    shared: dict[str, Any] = {
+        "source": base.directory,
+        "out": out,
+        "tokenizer": base.chat.tokenizer if base.new_tokens else None,
+        "template": None if config.task == "pretrain" else base.chat.template,
+    }
+    if to == "hf":
+        save(params, decoder.config, dtype=dtype, stop_ids=base.chat.stop_ids, untouched=untouched, check=check, **shared)
+    else:
+        if base.new_tokens:
+            raise UserError(f"--to={to}: the run trained the embedding of new tokens too, which no adapter carries; use --to=hf")
+        check = partial(check, adapter_of=base.directory)
+        {"peft": save_adapter, "vllm": save_vllm}[to](params, decoder.config, base_name=config.model.path, check=check, **shared)
+    compared = sum(map(len, rows))
+    say(f"wrote step {step} to {out} and read it back: log-probs differ by at most {differences[0]:.1e} over {compared:,} tokens")
+    return differences[0]
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run's directory. Raises UserError where there is none."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"--workdir={workdir}: no config.json there, so it is no run's directory")
+    config = schema.default()
+    for key, value in json.loads(file.read_text()).items():
+        if isinstance(value, dict):
+            with config[key].unlocked(), config[key].ignore_type():
+                config[key].update(value)
+        else:
+            config[key] = value
+    return config
+
+
+def restore(
+    workdir: Path, config: ConfigDict, params: Any, mask: Any, checkpoint: str, say: Callable[[str], None]
+) -> tuple[Any, int]:
+    """`params` with a checkpoint's trainable part in place."""
+    trainable, frozen = tree.split(params, mask)
+    like = init_state(trainable, optim.optimizer(config.optim, lambda _: 0.0))
+    with Checkpoints(workdir / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"--workdir={workdir}: the run has saved no checkpoint yet")
+        newest = checkpoints.restore(like)
+        if checkpoint == "last":
+            got = newest
+        elif checkpoint == "best":
+            best = newest.extras["best"] if newest else None
+            if not best:
+                raise UserError("--checkpoint=best: the run was never evaluated; use --checkpoint=last")
+            got = checkpoints.restore(like, int(best["step"]))
+        elif checkpoint.isdecimal() and int(checkpoint) in steps:
+            got = checkpoints.restore(like, int(checkpoint))
+        else:
+            raise UserError(f"--checkpoint={checkpoint}: needs last, best or one of {', '.join(map(str, steps))}")
+    if got is None:
+        raise UserError(f"--workdir={workdir}: none of its checkpoints can be read")
+    return tree.join(got.state.trainable, frozen), got.step
+
+
+def probe_rows(base: Base, vocab: int) -> list[list[int]]:
+    """Tokens to compare log-probs on: a text of the tokenizer's own, and ids from all over the vocabulary."""
+    text = base.chat.tokenizer("The quick brown fox jumps over the lazy dog. 你好，世界。 1 + 1 = 2")["input_ids"]
+    spread = jax.random.randint(jax.random.key(0), (3, 48), 0, vocab, jnp.int32).tolist()
+    return [text[:64], *spread]

@@ -1,0 +1,242 @@
+"""What every task starts from and ends with: the data, the model with its method applied, a run's directory.
+
+job = Job(config, workdir);  state = job.fit(loss, eval_loss);  job.finish(state, ...)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sftjax import sharding, tree
+from sftjax.config import UserError, check
+from sftjax.data import pipeline
+from sftjax.data.batch import Batch
+from sftjax.data.chat import Chat, load_tokenizer, prepare
+from sftjax.data.stream import Stream, eval_batches
+from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
+from sftjax.hf.model import compute_dtype
+from sftjax.hf.peft import load_adapter
+from sftjax.losses import Loss
+from sftjax.models.config import DecoderConfig
+from sftjax.models.decoder import Decoder, Output, forward, init
+from sftjax.train import loop
+from sftjax.train.manifest import difference, length_histogram, manifest
+from sftjax.train.meter import Tally
+from sftjax.train.progress import Progress, model_flops_per_token
+from sftjax.train.report import write_report
+from sftjax.train.run import Run
+from sftjax.weights import lora as low_rank
+from sftjax.weights import select
+
+
+class Base:
+    """A run's starting point, a function of its config alone: export builds the same again and puts a checkpoint into it."""
+
+    def __init__(self, config: ConfigDict):
+        if not config.model.path:
+            raise UserError(
+                "model.path is empty; give a Hugging Face directory or hub id, e.g. --config.model.path=Qwen/Qwen3-0.6B"
+            )
+        self.config = config
+        self.directory: Path = resolve(config.model.path, config.model.revision)
+        self.source_config: DecoderConfig = load_config(self.directory)
+        self.adapter = resolve(config.model.adapter, needs="adapter_config.json") if config.model.adapter else None
+        tokenizer = load_tokenizer(self.directory, config.model.trust_remote_code, config.model.revision)
+        self.chat: Chat
+        self.new_tokens: list[str]
+        if config.task == "pretrain":
+            self.chat, self.new_tokens = Chat(tokenizer, loss_on="all"), []
+        else:
+            self.chat, self.new_tokens = prepare(tokenizer, config.data.template, loss_on=config.data.loss_on)
+
+    def build(self, mesh: Any) -> tuple[Decoder, Any, Any]:
+        """(decoder, params, mask): the checkpoint in place on `mesh` with the method applied, and what of it trains."""
+        c = self.config
+        trained_whole = jnp.float32 if c.method == "full" else None  # masters; what is frozen keeps the checkpoint's dtype
+        shapes = jax.eval_shape(lambda: init(self.source_config, jax.random.key(0)))
+        params = load_params(self.directory, self.source_config, shardings=sharding.shardings(shapes, mesh), dtype=trained_whole)
+        params, decoder_config = resize_embeddings(params, self.source_config, len(self.chat.tokenizer))
+        lower = 0
+        match c.method:
+            case "full":
+                mask = select.everything(params)
+            case "lora":
+                if self.adapter:
+                    params = load_adapter(params, self.adapter)
+                else:
+                    key = jax.random.key(c.seed)
+                    params = low_rank.lora(params, key, c.lora.rank, c.lora.alpha, c.lora.dropout, c.lora.targets, c.lora.rslora)
+                mask = select.low_rank(params, also=("embed/embedding", "head/kernel") if self.new_tokens else ())
+            case "freeze":
+                if c.freeze.last_n_layers:
+                    lower = decoder_config.layers - c.freeze.last_n_layers
+                    params = select.cut(params, c.freeze.last_n_layers)
+                mask = select.named(params, c.freeze.train, c.freeze.last_n_layers)
+        params = jax.tree.map(lambda x, trains: x.astype(jnp.float32) if trains else x, params, mask)
+        params = jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
+        decoder = Decoder(decoder_config, compute_dtype(c.model.dtype), c.model.scan, c.model.remat, lower)
+        return decoder, params, mask
+
+
+class Job:
+    """One run of one task. Raises UserError before anything is written where the config, the data or the model will not do."""
+
+    def __init__(self, config: ConfigDict, workdir: str | Path, *, force: bool = False):
+        check(config)
+        self.began = time.perf_counter()
+        self.config = config
+        self.mesh = sharding.make_mesh(**config.mesh)
+        check_batch(config, self.mesh)
+        self.base = Base(config)
+        self.chat = self.base.chat
+        self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
+        self.progress = Progress(1, log_every=config.train.log_every)
+        self.say: Callable[[str], None] = self.progress.say
+        self.splits = pipeline.build(config, self.chat, rejected_path=self.run.workdir / "rejected.jsonl", say=self.say)
+        self.stream = Stream(self.splits.train, config, process_index=jax.process_index(), process_count=jax.process_count())
+        self.manifest = self.describe()
+        self.refuse_another_run(force)
+        self.decoder, params, mask = self.base.build(self.mesh)
+        self.trainable, self.frozen = tree.split(params, mask)
+        self.say_what_trains(params, mask)
+
+    @functools.cached_property
+    def forward(self) -> Callable[..., Output]:
+        return forward(self.decoder)
+
+    def fit(self, loss: Loss, eval_loss: Loss) -> tuple[Any, Tally]:
+        """Trains, from the newest checkpoint where there is one. Returns (params, tally)."""
+        with jax.set_mesh(self.mesh), Progress(self.stream.steps_total, log_every=self.config.train.log_every) as progress:
+            state, tally, self.steady = loop.fit(
+                self.run,
+                self.config,
+                self.trainable,
+                self.frozen,
+                loss=loss,
+                eval_loss=eval_loss,
+                stream=self.stream,
+                eval_batches=self.eval_batches,
+                mesh=self.mesh,
+                progress=progress,
+                flops_per_token=self.flops_per_token(),
+            )
+        self.say = Progress(1).say
+        self.skipped = int(state.skipped)
+        self.steps = int(state.step)
+        return tree.join(state.trainable, self.frozen), tally
+
+    def eval_batches(self) -> Iterable[Batch]:
+        c = self.config
+        rows = c.eval.batch_size or c.train.micro_batch or c.train.batch_size
+        return eval_batches(self.splits.eval, rows, c.data.max_length) if len(self.splits.eval) else ()
+
+    def finish(self, tally: Tally, extra: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes summary.json, samples.jsonl and report.html; returns the summary."""
+        rows = self.splits.report
+        summary = {
+            "task": self.config.task,
+            "method": self.config.method,
+            "steps": self.steps,
+            "skipped_steps": self.skipped,
+            "tokens": tally.tokens,
+            "trained_tokens": tally.trained_tokens,
+            "eval_loss_before": (tally.before or {}).get("loss"),
+            "eval_loss": (tally.evaluation or {}).get("loss"),
+            "best": tally.best,
+            **extra,
+            "tokens_per_s": tally.tokens / tally.seconds if tally.seconds else None,
+            "steady_tokens_per_s": self.steady or None,
+            "compile_s": tally.compile_s,
+            "total_s": time.perf_counter() - self.began,
+            "peak_memory_mib": peak_memory_mib(),
+            "trainable_parameters": tree.count(self.trainable),
+            "parameters": tree.count(self.trainable) + tree.count(self.frozen),
+            "rows": {"read": rows["read"], "kept": rows["kept"], "dropped": rows["dropped"]},
+        }
+        self.run.write_lines("samples.jsonl", samples)
+        self.run.write_json("summary.json", summary)
+        write_report(self.run.workdir)
+        self.run.close()
+        return summary
+
+    def describe(self) -> dict[str, Any]:
+        train = self.splits.train
+        return manifest(
+            self.config,
+            data_report=self.splits.report,
+            data_hash=hashlib.sha256(json.dumps(self.splits.report["sources"], sort_keys=True).encode()).hexdigest(),
+            template=self.chat.template,
+            base_dir=self.base.directory,
+            adapter_dir=self.base.adapter,
+            lengths=length_histogram(train.lengths, train.trained),
+        )
+
+    def refuse_another_run(self, force: bool) -> None:
+        """A directory that holds a run of another config, data or base is left alone, unless `force` says to go on in it."""
+        old = self.run.read_json("manifest.json")
+        changed = difference(old, self.manifest) if old else []
+        if changed and not force:
+            raise UserError(
+                f"{self.run.workdir} holds a run of something else:\n  "
+                + "\n  ".join(changed)
+                + "\nuse another --workdir, or --force to go on with its checkpoint"
+            )
+        if changed or not old:
+            self.run.write_json("manifest.json", self.manifest)
+            self.run.write_json("config.json", self.config)
+
+    def flops_per_token(self) -> float:
+        c, train = self.config, self.splits.train
+        length = float((train.lengths.astype(float) ** 2).sum() / train.lengths.sum())  # of the text a token is in
+        return model_flops_per_token(
+            self.decoder.config, length, method=c.method, rank=c.lora.rank, last_n_layers=c.freeze.last_n_layers
+        )
+
+    def say_what_trains(self, params: Any, mask: Any) -> None:
+        table = select.table(params, mask)
+        total, trained = sum(n for *_, n, _ in table), sum(t for *_, t in table)
+        if not trained:
+            raise UserError("freeze: nothing trains; set --config.freeze.last_n_layers or --config.freeze.train")
+        width = max(len(path) for path, *_ in table)
+        for path, shape, _, t in table:
+            if t:
+                self.say(f"  {path:<{width}}  {shape:<20} {t:>12,} trained")
+        self.say(f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
+        if self.base.new_tokens:
+            self.say(
+                f"new tokens {' '.join(self.base.new_tokens)}: their rows start as the mean, embedding and head train with them"
+            )
+
+
+def check_batch(config: ConfigDict, mesh: Any) -> None:
+    """Refuses a batch that does not divide over micro-batches and devices."""
+    c, shards = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = c.micro_batch or c.batch_size
+    if c.batch_size % micro:
+        raise UserError(f"train.batch_size={c.batch_size} is no multiple of train.micro_batch={micro}")
+    if micro % shards:
+        key = "micro_batch" if c.micro_batch else "batch_size"
+        raise UserError(
+            f"train.{key}={micro} does not divide over {shards} data shards; use a multiple of {shards} or --config.mesh.data=1"
+        )
+
+
+def peak_memory_mib() -> float:
+    """Of the device where it counts its own memory, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss / 2**20 if sys.platform == "darwin" else rss / 2**10

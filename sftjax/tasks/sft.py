@@ -1,0 +1,30 @@
+"""Supervised fine-tuning: masked cross entropy on the answers, with NEFTune where it is asked for.
+
+Held-out prompts are answered before and after.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sftjax.losses import masked_xent, neftune
+from sftjax.tasks.answers import Answers
+from sftjax.tasks.job import Job
+
+
+def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
+    job = Job(config, workdir, force=force)
+    answers = Answers(job)
+    answers.before()
+    c = config.loss
+    noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
+    params, tally = job.fit(
+        loss=masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss),
+        eval_loss=masked_xent(job.forward),
+    )
+    answers.after(params)
+    return job.finish(tally, answers.summary(), answers.samples())

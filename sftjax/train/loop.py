@@ -1,0 +1,147 @@
+"""THE loop: batches in, a trained state out. It evaluates, logs, saves, resumes and stops; the mathematics is elsewhere.
+
+A run is its step number and a `State`: the batch, the keys and the learning rate of a step are functions of the number. So
+a run that was killed anywhere and is started again computes, bit for bit, what it would have computed. The loop waits for
+the device only where metrics are read, one step late.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sftjax import sharding, tree
+from sftjax.data.batch import Batch
+from sftjax.data.stream import Stream, prefetch
+from sftjax.losses.tokens import Loss
+from sftjax.train import optim
+from sftjax.train.checkpoint import Checkpoints
+from sftjax.train.meter import Meter, Tally
+from sftjax.train.progress import Progress
+from sftjax.train.run import Run
+from sftjax.train.step import State, init_state, make_step
+from sftjax.train.stop import Stopped, stop_signals
+
+
+def fit(
+    run: Run,
+    config: ConfigDict,
+    trainable: Any,
+    frozen: Any,
+    *,
+    loss: Loss,
+    eval_loss: Loss,
+    stream: Stream,
+    eval_batches: Callable[[], Iterable[Batch]],
+    mesh: Mesh,
+    progress: Progress,
+    flops_per_token: float = 0.0,
+) -> tuple[State, Tally, float]:
+    """Trains from the newest checkpoint, or from the start, to the stream's last step.
+
+    Returns the state, the tally and the steady tokens a second. Raises Stopped where a signal asked for it, and UserError.
+    """
+    c, total = config.train, stream.steps_total
+    rate = optim.schedule(config.optim, total)
+    optimizer = optim.optimizer(config.optim, rate)
+    micro_batches = c.batch_size // (c.micro_batch or c.batch_size)
+    step_fn = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
+    evaluate = evaluator(eval_loss, frozen, eval_batches, mesh)
+    eval_every = math.ceil(total / 10) if c.eval_every is None else c.eval_every
+    save_every = eval_every if c.save_every is None else c.save_every
+
+    state, tally, start, compiled = place(init_state(trainable, optimizer), trainable, mesh), Tally(), 0, None
+    with Checkpoints(run.checkpoints, keep=c.keep, say=progress.say) as checkpoints, stop_signals() as asked:
+        if restored := checkpoints.restore(state):
+            start, state, tally = restored.step, restored.state, Tally(**restored.extras)
+            checkpoints.forget_after(start)
+            progress.say(f"resuming after step {start} of {total}")
+        run.resume_from(start if restored else -1)
+        if tally.before is None:
+            tally.before = tally.evaluation = evaluate(state.trainable)
+            report(run, progress, 0, tally.before)
+        meter = Meter(
+            run, progress, tally, rate=rate, epoch=stream.epoch, flops_per_token=flops_per_token, max_bad_steps=c.max_bad_steps
+        )
+        step = start
+        for step, batch in prefetch(stream, start, total):
+            batch = to_devices(batch, mesh)
+            if compiled is None:
+                began = time.perf_counter()
+                compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, batch).compile()
+                tally.compile_s = time.perf_counter() - began
+                meter.start()
+            state, metrics = compiled(state, frozen, batch)  # compiled once: a batch of another shape would be an error
+            step += 1
+            meter.add(step, metrics)
+            last, evaluates = step == total, step == total or bool(eval_every and step % eval_every == 0)
+            if step - start <= 2 or step % c.log_every == 0:
+                meter.read(step if step - start <= 2 else step - 1)
+            saves, evaluation_loss = last or bool(asked) or bool(save_every and step % save_every == 0), None
+            if evaluates:
+                meter.read(step)
+                saves |= tally.evaluated(step, evaluate(state.trainable))
+                report(run, progress, step, tally.evaluation)
+                evaluation_loss = tally.evaluation.get("loss") if tally.evaluation else None
+            enough = 0 < c.patience <= tally.stale
+            if saves or enough:
+                meter.read(step)
+                checkpoints.save(step, state, vars(tally), loss=evaluation_loss)
+                meter.start()
+            if enough:
+                progress.say(f"step {step}: no better for {tally.stale} evaluations, stopping early")
+                break
+            if asked and not last:
+                checkpoints.wait()
+                raise Stopped(f"stopped at step {step} of {total} and saved; run the same command again to go on", asked.signum)
+        checkpoints.wait()
+    return state, tally, meter.steady
+
+
+def evaluator(loss: Loss, frozen: Any, batches: Callable[[], Iterable[Batch]], mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    """`trainable -> {"loss", "ppl", "tokens"}` over the held-out batches, weighted by token; {} where nothing is held out."""
+    sums = jax.jit(lambda trainable, frozen, batch: loss(tree.join(trainable, frozen), batch, None)[1:])
+
+    def evaluate(trainable: Any) -> dict[str, float]:
+        got = jax.device_get([sums(trainable, frozen, to_devices(batch, mesh)) for batch in batches()])
+        count = sum(float(n) for n, _ in got)
+        if not count:
+            return {}
+        nll = sum(float(m["nll"]) for _, m in got) / count
+        return {"loss": nll, "ppl": math.exp(min(nll, 700)), "tokens": count}
+
+    return evaluate
+
+
+def report(run: Run, progress: Progress, step: int, evaluation: dict[str, float] | None) -> None:
+    if evaluation:
+        run.log(step, evaluation, kind="eval")
+        when = f"step {step}" if step else "before training"
+        progress.say(
+            f"{when}: eval loss {evaluation['loss']:.4f}, perplexity {evaluation['ppl']:.2f}, {evaluation['tokens']:,.0f} tokens"
+        )
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """This host's rows, as its part of the global batch."""
+    placed = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
+
+
+def place(state: State, trainable: Any, mesh: Mesh) -> State:
+    """The optimiser's moments lie where their parameters lie, everything else on every device."""
+    homes = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def put(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        home = next((p for p_name, p in homes.items() if name.endswith(p_name) and p.shape == x.shape), None)
+        return jax.device_put(x, NamedSharding(mesh, P()) if home is None else home.sharding)
+
+    return jax.tree_util.tree_map_with_path(put, state)

@@ -1,0 +1,101 @@
+"""What is known of a run beside its state, and the one place where training waits for the device: reading metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from sftjax.config import UserError
+from sftjax.train.progress import Progress, mfu
+from sftjax.train.run import Run
+
+WARM = 2  # steps after a start that are left out of the steady speed
+
+
+@dataclass
+class Tally:
+    """Counts over all resumes of a run; saved with every checkpoint."""
+
+    before: dict[str, float] | None = None  # evaluation of the untrained model
+    evaluation: dict[str, float] | None = None  # the last one
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best one
+    stale: int = 0  # evaluations since the best
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0  # in training steps; evaluation, saving and compiling left out
+    compile_s: float = 0.0
+
+    def evaluated(self, step: int, evaluation: dict[str, float]) -> bool:
+        """Notes an evaluation; True where it is the best so far."""
+        self.evaluation = evaluation
+        better = bool(evaluation) and (self.best is None or evaluation["loss"] < self.best["loss"])
+        if better:
+            self.best = {"step": step, "loss": evaluation["loss"]}
+        self.stale = 0 if better else self.stale + 1
+        return better
+
+
+class Meter:
+    """Holds the metrics of steps under way until they are read; logs them, shows them, and counts time and tokens."""
+
+    def __init__(
+        self,
+        run: Run,
+        progress: Progress,
+        tally: Tally,
+        *,
+        rate: Callable[[int], Any],
+        epoch: Callable[[int], float],
+        flops_per_token: float,
+        max_bad_steps: int,
+    ):
+        self.run, self.progress, self.tally = run, progress, tally
+        self.rate, self.epoch, self.flops_per_token, self.max_bad_steps = rate, epoch, flops_per_token, max_bad_steps
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.steps = 0  # read since this start
+        self.steady_tokens, self.steady_seconds = 0, 0.0
+        self.mark = time.perf_counter()
+
+    def start(self) -> None:
+        """The clock starts again, after work that is no training."""
+        self.mark = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.pending.append((step, metrics))
+
+    def read(self, upto: int) -> None:
+        """Logs and shows every step <= `upto`, waiting for it. Raises UserError after too many bad steps in a row."""
+        ready = [entry for entry in self.pending if entry[0] <= upto]
+        if not ready:
+            return
+        del self.pending[: len(ready)]
+        metrics = [{name: x.item() for name, x in m.items()} for m in jax.device_get([m for _, m in ready])]
+        seconds, self.mark = time.perf_counter() - self.mark, time.perf_counter()
+        tokens = sum(m["tokens"] for m in metrics)
+        speed = tokens / max(seconds, 1e-9)
+        self.steps += len(ready)
+        self.tally.seconds += seconds
+        self.tally.tokens += tokens
+        self.tally.trained_tokens += sum(m["trained_tokens"] for m in metrics)
+        if self.steps > WARM:
+            self.steady_tokens += tokens
+            self.steady_seconds += seconds
+        for (step, _), m in zip(ready, metrics):
+            lr = float(self.rate(step - 1 - m["skipped"]))
+            self.run.log(step, m | {"lr": lr, "epoch": self.epoch(step), "tokens_per_s": speed})
+            if m["bad"] >= self.max_bad_steps:
+                raise UserError(
+                    f"step {step}: loss or gradient was not finite for {m['bad']} steps in a row, and none of them changed the "
+                    f"model; try a lower --config.optim.lr or more --config.optim.warmup"
+                )
+        used = mfu(speed, self.flops_per_token, jax.devices()[0].device_kind, jax.device_count())
+        self.progress.update(step, {"loss": m["loss"], "lr": lr, "tokens_per_s": speed, "mfu": used})
+
+    @property
+    def steady(self) -> float:
+        """Tokens a second since this start, its first steps left out; 0 where there were no more."""
+        return self.steady_tokens / self.steady_seconds if self.steady_seconds else 0.0
