@@ -32,6 +32,8 @@ from sftjax.weights.lora import MODULES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# PEFT files copies of embeddings along where it adapts one of them, or where the vocabulary grew.
+COPY = re.compile(r"base_model\.model\.(?P<module>lm_head|model\.embed_tokens)(\.base_layer)?\.weight")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 PATHS = {module: path for path, module in MODULES.items()}
 
@@ -56,8 +58,8 @@ def load_adapter(params: Any, directory: str | Path) -> Any:
     config = _read_config(directory / CONFIG)
     if not (directory / WEIGHTS).is_file():
         raise UserError(f"{directory}: has no {WEIGHTS}")
-    pairs = _pairs(directory / WEIGHTS)
     leaves = tree.flatten(params)
+    pairs = _pairs(directory / WEIGHTS, leaves)
     found: dict[str, dict[int, str]] = {}
     for module in pairs:
         path, layer = _path(module)
@@ -84,18 +86,26 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _pairs(file: Path) -> dict[str, dict[str, Stored]]:
+def _pairs(file: Path, leaves: dict[str, Any]) -> dict[str, dict[str, Stored]]:
     """`{module: {"A": Stored, "B": Stored}}`."""
     pairs: dict[str, dict[str, Stored]] = {}
     for name, stored in read(file).items():
-        match = TENSOR.fullmatch(name)
-        if not match:
+        if match := TENSOR.fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["part"]] = stored
+        elif not (match := COPY.fullmatch(name)):
             raise UserError(f"{file}: {name} is no LoRA matrix of a linear module, and is not supported")
-        pairs.setdefault(match["module"], {})[match["part"]] = stored
+        elif not _same(stored, leaves, match["module"]):
+            raise UserError(f"{file}: {name} is not the base's own; merge the adapter with PEFT and load the result")
     for module, pair in pairs.items():
         if len(pair) < 2:
             raise UserError(f"{file}: {module} has lora_{min(pair)} without its other half")
     return pairs
+
+
+def _same(stored: Stored, leaves: dict[str, Any], module: str) -> bool:
+    head = module == "lm_head" and "head/kernel" in leaves
+    ours = np.asarray(leaves["head/kernel"]).T if head else np.asarray(leaves["embed/embedding"])
+    return ours.shape == stored.shape and np.array_equal(ours, stored.view().astype(ours.dtype))
 
 
 def _path(module: str) -> tuple[str, int]:

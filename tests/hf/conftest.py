@@ -1,0 +1,80 @@
+"""Tiny random checkpoints, written by transformers itself."""
+
+import json
+
+import numpy as np
+import pytest
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Token ids to score, of several lengths."""
+    return [[5, 9, 33, 2, 60, 7], [1, 2], [11, 12, 13, 14, 15, 16, 17, 18, 19]]
+
+
+@pytest.fixture(scope="session")
+def torch_model():
+    """`build(family, **changes)`: a random float32 model of transformers, every parameter away from its initial value."""
+    import torch
+    import transformers
+
+    def build(family, **changes):
+        torch.manual_seed(0)
+        config = transformers.CONFIG_MAPPING[family](**SHAPE | changes)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms are ones and biases zeros otherwise
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def checkpoint(torch_model, tmp_path_factory):
+    """`make(family, shards=False, **changes) -> directory`."""
+
+    def make(family, shards=False, **changes):
+        directory = tmp_path_factory.mktemp(family)
+        torch_model(family, **changes).save_pretrained(directory, max_shard_size="4KB" if shards else "1GB")
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def torch_scores():
+    """`scores(model, rows)`: log p of every token after the first of each row, end to end."""
+    import torch
+
+    def scores(model, rows):
+        out = []
+        for row in rows:
+            ids = torch.tensor([row])
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1]
+            out.append(logps.gather(-1, ids[0, 1:, None])[:, 0].numpy())
+        return np.concatenate(out)
+
+    return scores
+
+
+@pytest.fixture
+def edit_json():
+    def edit(file, **changes):
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
