@@ -1,0 +1,76 @@
+"""A word on over- and under-fitting, read from the curves by stated rules.
+
+    overfit    the lowest evaluation loss came in the first 80 % of the run, and the last one is more than 2 % and 0.01 above it
+    worse      the last evaluation loss is more than 2 % above the first
+    underfit   the evaluation loss was still falling: by more than 3 % over the last fifth of the run
+    good       none of these
+
+A note is added where the training loss ends at less than 70 % of the evaluation loss (and 0.1 below): the rows are being
+memorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+RISE, RISE_NATS, EARLY, FALL, GAP, GAP_NATS = 0.02, 0.01, 0.8, 0.03, 0.7, 0.1
+Points = Sequence[tuple[int, float]]  # (step, loss) in order of steps
+
+
+class Fit(NamedTuple):
+    kind: str  # good | overfit | underfit | worse | unknown
+    title: str
+    text: str
+    best_step: int | None = None
+
+
+def judge(train: Points, evals: Points, total: int | None = None) -> Fit:
+    """The verdict on a run of `total` steps (None: up to the last point)."""
+    if len(evals) < 3:
+        text = (
+            f"{len(evals)} evaluation{'' if len(evals) == 1 else 's'}: a curve needs three. Set --config.train.eval_every lower."
+        )
+        return Fit("unknown", "Too few evaluations to tell", text)
+    first, last = evals[0][1], evals[-1][1]
+    best_step, best = min(evals, key=lambda point: point[1])
+    end = max(total or 0, evals[-1][0])
+    rise = last / best - 1
+    fall = 1 - last / max(at(evals, EARLY * end), 1e-12)
+    if last > first * (1 + RISE):
+        text = f"Evaluation loss rose from {first:.3f} to {last:.3f}. Lower --config.optim.lr, and look at the rows."
+        fit = Fit("worse", "The model got worse on held-out rows", text, best_step)
+    elif best_step <= EARLY * end and rise > RISE and last - best > RISE_NATS:
+        text = (
+            f"Evaluation loss was lowest at step {best_step} ({best:.3f}) and ended {100 * rise:.1f} % higher ({last:.3f}). "
+            f"The best checkpoint is from step {best_step}; use fewer epochs, more rows or --config.train.patience=3."
+        )
+        fit = Fit("overfit", f"Over-fitting after step {best_step}", text, best_step)
+    elif fall > FALL:
+        text = (
+            f"Evaluation loss still fell by {100 * fall:.1f} % over the last fifth of the run, to {last:.3f}. "
+            "More epochs, or a higher learning rate, should lower it further."
+        )
+        fit = Fit("underfit", "Under-fitted: still improving at the end", text, best_step)
+    else:
+        moved = "fell" if fall >= 0 else "rose"
+        text = (
+            f"Evaluation loss went from {first:.3f} to {last:.3f} and levelled off: "
+            f"it {moved} {abs(100 * fall):.1f} % in the last fifth of the run."
+        )
+        fit = Fit("good", "A good fit", text, best_step)
+    tail = [loss for step, loss in train if step >= EARLY * end]
+    mean = sum(tail) / len(tail) if tail else last
+    if mean < GAP * last and last - mean > GAP_NATS:
+        note = f" Training loss ended at {mean:.3f}, far below evaluation loss: the training rows are being memorised."
+        fit = fit._replace(text=fit.text + note)
+    return fit
+
+
+def at(points: Points, step: float) -> float:
+    """The loss at `step`, on straight lines between points."""
+    before = max((p for p in points if p[0] <= step), default=points[0])
+    after = min((p for p in points if p[0] >= step), default=points[-1])
+    if after[0] == before[0]:
+        return before[1]
+    return before[1] + (after[1] - before[1]) * (step - before[0]) / (after[0] - before[0])

@@ -1,0 +1,170 @@
+"""The line one watches while a run trains, and the arithmetic behind its MFU.
+
+MFU is the share of the device's peak that the model's own arithmetic uses, arXiv:2204.02311, appendix B. Work that a run
+does twice (rematerialisation) or in vain (padding, masked scores) is not the model's, so it lowers MFU.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from sftjax.models.config import DecoderConfig
+
+# Dense bfloat16 TFLOP/s (no sparsity) of one jax device, from the makers' data sheets; the first pattern that is found.
+PEAK_TFLOPS = [
+    (r"\bH200\b|\bGH200\b", 989.0),  # NVIDIA H200 data sheet: 1,979 with sparsity
+    (r"\bH100 PCIe\b", 756.0),  # NVIDIA H100 data sheet
+    (r"\bH100 NVL\b", 835.0),
+    (r"\bH100\b", 989.0),  # SXM
+    (r"\bA100\b", 312.0),  # NVIDIA A100 data sheet
+    (r"\bL4\b", 121.0),  # NVIDIA L4 data sheet: 242 with sparsity
+    (r"\bT4\b", 65.0),  # NVIDIA T4 data sheet; float16, it has no bfloat16
+    (r"TPU v4$", 275.0),  # cloud.google.com/tpu/docs/v4, and so on
+    (r"TPU v5 ?lite|TPU v5e", 197.0),
+    (r"TPU v5p?$", 459.0),
+    (r"TPU v6 ?lite|TPU v6e", 918.0),
+]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known (a CPU, a slice of a GPU)."""
+    if "MIG" in device_kind:
+        return None
+    return next((tflops * 1e12 for pattern, tflops in PEAK_TFLOPS if re.search(pattern, device_kind)), None)
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int) -> float | None:
+    """The share of the peak in use, 0..1, or None where the peak is not known."""
+    peak = peak_flops(device_kind)
+    return tokens_per_s * flops_per_token / (peak * devices) if peak else None
+
+
+def model_flops_per_token(
+    config: DecoderConfig, length: float, *, method: str = "full", rank: int = 0, last_n_layers: int = 0
+) -> float:
+    """FLOPs that training needs for one token in a text of `length` tokens (packed texts: the mean length of a text).
+
+    With P a layer's kernels (attention 2 D N H + 2 D K H, MLP 3 D F), E = D V the head, R = rank * (in + out) summed over
+    a layer's kernels for LoRA, and S the mean number of keys a token sees, (length + 1) / 2 or less under a window:
+
+        forward        sum over layers of 2 (P + R) + 4 N H S, and 2 E
+        backward, dx   the same matrix products again, and attention's twice (dQ, dK, dV and the scores' gradient),
+                       in the layers that the gradient passes: all, or the last n for `freeze`
+        backward, dW   2 for each parameter of a trained kernel: P and E (full), R (lora), the last n layers' P (freeze)
+
+    So it is 6 P + ... for full, and close to 4 P + ... for LoRA. The embedding is a lookup and costs nothing; LoRA is
+    taken to adapt every linear layer and `freeze` to train whole layers.
+    """
+    c = config
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    shapes = [(c.width, q), (c.width, kv), (c.width, kv), (q, c.width)]
+    shapes += [(c.width, c.mlp_width), (c.width, c.mlp_width), (c.mlp_width, c.width)]
+    kernels = sum(i * o for i, o in shapes)
+    added = rank * sum(i + o for i, o in shapes) if method == "lora" else 0
+    head = c.width * c.vocab
+    total = 2.0 * head * (3 if method == "full" else 2)
+    for layer in range(c.layers):
+        window = c.windows[layer] if c.windows else None
+        attention = 4 * q * keys_seen(length, window)
+        passed = method != "freeze" or layer >= c.layers - last_n_layers
+        trained = {"full": kernels, "lora": added, "freeze": kernels if passed else 0}[method]
+        total += 2 * (kernels + added) + attention + passed * (2 * (kernels + added) + 2 * attention) + 2 * trained
+    return total
+
+
+def keys_seen(length: float, window: int | None) -> float:
+    """The mean over positions p = 1..length of min(p, window)."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return window - window * (window - 1) / (2 * length)
+
+
+class Progress:
+    """`with Progress(total=800) as progress: progress.update(10, {"loss": 1.3, "tokens_per_s": 8e3, "mfu": 0.41})`.
+
+    One line that moves in a terminal; elsewhere a plain line every `log_every` steps, and for the last. `say` prints above.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        log_every: int = 10,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.log_every, self.clock = total, log_every, clock
+        self.console = console or Console()
+        self.marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step): ETA from the recent past, not from compiling
+        self.printed = start
+        self.bar: Bar | None = None
+        if self.console.is_terminal and not self.console.is_jupyter:
+            columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[shown]}", markup=False)
+            self.bar = Bar(*columns, console=self.console)
+            self.task = self.bar.add_task("train", total=total, completed=start, shown="compiling ...")
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, step: int, shown: Mapping[str, float | None]) -> None:
+        """`step` steps are done. Shown, where given: loss, lr, tokens_per_s, mfu."""
+        self.marks.append((self.clock(), step))
+        (then, first), (now, last) = self.marks[0], self.marks[-1]
+        left = (self.total - step) * (now - then) / (last - first) if last > first else None
+        text = describe({**shown, "eta": left if step < self.total else None})
+        if self.bar:
+            self.bar.update(self.task, completed=step, shown=text)
+        elif step - self.printed >= self.log_every or step == self.total:
+            self.printed = step
+            self.say(f"step {step}/{self.total}  {text}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(shown: Mapping[str, float | None]) -> str:
+    """loss 1.2345  lr 1.9e-04  12.3k tokens/s  MFU 41 %  ETA 3m12s"""
+    how: dict[str, Callable[[float], str]] = {
+        "loss": lambda x: f"loss {x:.4f}",
+        "lr": lambda x: f"lr {x:.1e}",
+        "tokens_per_s": lambda x: f"{compact(x)} tokens/s",
+        "mfu": lambda x: f"MFU {100 * x:.0f} %" if x >= 0.1 else f"MFU {100 * x:.1f} %",
+        "eta": lambda x: f"ETA {duration(x)}",
+    }
+    return "  ".join(say(value) for name, say in how.items() if (value := shown.get(name)) is not None)
+
+
+def compact(x: float) -> str:
+    """Three digits and a letter: 842, 12.3k, 4.56M; 2e-4 for what is small."""
+    if 0 < abs(x) < 1e-3:
+        return f"{x:.3g}".replace("e-0", "e-") if abs(x) < 1e-4 else f"{x * 1e4:.3g}e-4"
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= 0.9995 * unit:
+            return f"{x / unit:.3g}{letter}"
+    return f"{x:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m12s, 2h05m, 3d04h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"

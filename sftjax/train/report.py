@@ -1,0 +1,217 @@
+"""report.html: one page about one run, from the files in its directory. Opens without a network.
+
+Reads config.json, manifest.json, metrics.jsonl, summary.json and samples.jsonl, each of which may be absent; a line of the
+last is {"prompt", "expected", "base", "tuned", "base_stopped", "tuned_stopped", "exact_base", "exact_tuned"}. Rows are
+anyone's text: the template escapes all of it, and the page's content security policy runs no script but its own.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sftjax import config as schema
+from sftjax.config import UserError
+from sftjax.train import chart
+from sftjax.train.fit import judge
+from sftjax.train.manifest import leaves, show
+from sftjax.train.progress import compact, duration
+from sftjax.train.run import clean, full_disk, lines, read_json, read_metrics, replace
+
+SHOWN_SAMPLES = 200
+SHOWN_TEXT = 4000  # characters of a prompt or an answer
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Writes W/report.html and gives its path. Raises UserError where the directory holds no run."""
+    import jinja2
+
+    workdir = Path(workdir)
+    if not (workdir / "metrics.jsonl").exists() and not (workdir / "summary.json").exists():
+        raise UserError(f"--workdir={workdir}: neither metrics.jsonl nor summary.json is there; run sftjax train first")
+    loader = jinja2.PackageLoader("sftjax.train", ".")
+    env = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = env.get_template("report.html.jinja").render(view(workdir), nonce=secrets.token_hex(16))
+    with full_disk(workdir):
+        replace(workdir / "report.html", html.encode(errors="replace"))
+    return workdir / "report.html"
+
+
+def view(workdir: Path) -> dict[str, Any]:
+    """All that the template shows, formatted."""
+    summary, manifest = read_json(workdir / "summary.json") or {}, read_json(workdir / "manifest.json") or {}
+    config = leaves(read_json(workdir / "config.json") or {}) or manifest.get("config", {})
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    train, evals = ([line for line in metrics if line["kind"] == kind] for kind in ("train", "eval"))
+    data, device = manifest.get("data", {}), manifest.get("device", {})
+    total = summary.get("steps") or max((line["step"] for line in metrics), default=None)
+    fit = judge(real(train, "loss"), real(evals, "loss"), total)
+    return {
+        "title": Path(str(config.get("model.path") or workdir.name)).name,
+        "kicker": [str(config[key]) for key in ("task", "method") if config.get(key)],
+        "workdir": str(workdir),
+        "created": manifest.get("created", "")[:16].replace("T", " "),
+        "device": f"{device['count']} x {device['kind']}" if device else "",
+        "headlines": headlines(summary),
+        "facts": facts(summary),
+        "fit": fit,
+        "loss": loss_chart(train, evals, fit.best_step),
+        "charts": [c for c in small_charts(train) if c],
+        "bad_steps": sum(1 for line in train if line.get("loss") is None),
+        "samples": samples(workdir / "samples.jsonl"),
+        "lengths": lengths_chart(data.get("lengths")),
+        "max_length": config.get("data.max_length"),
+        "rows": row_counts(data),
+        "sources": data.get("sources", []),
+        "config": config_rows(config),
+        "versions": manifest.get("versions", {}),
+        "hashes": {name: value for name, value in manifest.get("hashes", {}).items() if value},
+    }
+
+
+def headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What changed from before training to after: label, before, after, and whether that is better."""
+    out = []
+    for label, key, form, sign in (
+        ("Evaluation loss", "eval_loss", loss_text, -1),
+        ("Exact match", "exact_match", percent, 1),
+    ):
+        after, before = summary.get(key), summary.get(f"{key}_before")
+        if after is not None:
+            moved = 0 if before is None else sign * (after - before)
+            verdict = "better" if moved > 0 else "worse" if moved < 0 else ""
+            out.append(
+                {"label": label, "before": "" if before is None else form(before), "after": form(after), "verdict": verdict}
+            )
+    return out
+
+
+def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rest of the summary that a person asks for, where it is known."""
+    known = (
+        ("Steps", "steps", lambda x: f"{x:,}"),
+        ("Tokens", "tokens", compact),
+        ("Trained tokens", "trained_tokens", compact),
+        ("Tokens/s", "tokens_per_s", compact),
+        ("MFU", "mfu", percent),
+        ("Time", "total_s", duration),
+        ("Compiling", "compile_s", duration),
+        ("Peak memory", "peak_memory_mib", lambda x: f"{x / 1024:.1f} GiB" if x >= 1024 else f"{x:.0f} MiB"),
+    )
+    return [(label, form(summary[key])) for label, key, form in known if summary.get(key) is not None]
+
+
+def loss_text(x: float) -> str:
+    return f"{x:.3f}" if x >= 0.1 else f"{x:.2g}"
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f} %" if 0 < x < 0.9995 else f"{100 * x:.0f} %"
+
+
+def points(rows: list[dict[str, Any]], name: str) -> chart.Points:
+    return [(line["step"], line[name]) for line in rows if name in line]
+
+
+def real(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in rows if line.get(name) is not None]
+
+
+def loss_chart(train: list[dict[str, Any]], evals: list[dict[str, Any]], best_step: int | None) -> chart.Chart | None:
+    raw = points(train, "loss")
+    series = [
+        chart.Series("train", raw, "raw"),
+        chart.Series("train, smoothed", chart.smooth(raw), "train"),
+        chart.Series("evaluation", points(evals, "loss"), "eval", dots=True),
+    ]
+    mark = (best_step, f"best, step {best_step}") if best_step else None
+    return chart.lines("Loss per trained token", series, mark=mark)
+
+
+def small_charts(train: list[dict[str, Any]]) -> list[chart.Chart | None]:
+    norm, speed = points(train, "grad_norm"), points(train, "tokens_per_s")
+    return [
+        chart.lines("Learning rate", [chart.Series("learning rate", points(train, "lr"), "train")], zero=True),
+        chart.lines("Gradient norm", [chart.Series("gradient norm", norm, "train")], zero=True),
+        chart.lines("Tokens/s", [chart.Series("tokens/s", speed, "train")], zero=True),
+    ]
+
+
+def lengths_chart(lengths: Mapping[str, Any] | None) -> chart.Chart | None:
+    if not lengths:
+        return None
+    groups = [("all tokens", "train", lengths["counts"])]
+    if "trained_counts" in lengths:
+        groups.append(("trained tokens", "eval", lengths["trained_counts"]))
+    return chart.histogram("Rows by length in tokens", lengths["edges"], groups, "rows")
+
+
+def samples(path: Path) -> dict[str, Any] | None:
+    """The held-out prompts and both models' answers, with how many were mended, kept, broken and missed."""
+    if not path.exists():
+        return None
+    rows = [row for _, row in lines(path)]
+    if not rows:
+        return None
+    fates = {(False, True): "fixed", (True, True): "kept", (True, False): "broken", (False, False): "missed"}
+    cards = []
+    for row in rows:
+        fate = fates[bool(row.get("exact_base")), bool(row.get("exact_tuned"))]
+        texts = {name: text(row.get(name)) for name in ("prompt", "expected", "base", "tuned")}
+        stopped = {f"{model}_stopped": bool(row.get(f"{model}_stopped", True)) for model in ("base", "tuned")}
+        cards.append({**texts, **stopped, "fate": fate})
+    counts = {fate: sum(card["fate"] == fate for card in cards) for fate in ("fixed", "kept", "broken", "missed")}
+    stops = [sum(bool(card[f"{model}_stopped"]) for card in cards) / len(cards) for model in ("base", "tuned")]
+    return {
+        "total": len(cards),
+        "counts": counts,
+        "shares": {fate: 100 * n / len(cards) for fate, n in counts.items()},
+        "cards": cards[:SHOWN_SAMPLES],
+        "stop_before": percent(stops[0]),
+        "stop": percent(stops[1]),
+    }
+
+
+def text(value: Any) -> str:
+    """A prompt or an answer as plain text; messages a turn a line."""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        value = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value)
+    value = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    return value if len(value) <= SHOWN_TEXT else f"{value[:SHOWN_TEXT]} ... ({len(value) - SHOWN_TEXT:,} more characters)"
+
+
+def row_counts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Counts of the data report, a reason under its heading; shares are of the rows read."""
+    out: list[dict[str, Any]] = []
+    read = data.get("read")
+    for name, value in data.items():
+        if name in ("lengths", "sources"):
+            continue
+        if isinstance(value, Mapping):
+            numbers = {key: n for key, n in value.items() if isinstance(n, (int, float))}
+            out += [{"name": f"{label(name)}: {label(key)}", "n": n, "share": None} for key, n in numbers.items()]
+        elif isinstance(value, (int, float)):
+            out.append({"name": label(name), "n": value, "share": None})
+    for row in out:
+        if read and row["name"].startswith(("read", "kept", "dropped")):
+            row["share"] = 100 * row["n"] / read
+    return out
+
+
+def label(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+def config_rows(config: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """(key, value, default) of every key: first those that the run changed."""
+    defaults = leaves(clean(schema.default())[0])
+    rows = [(key, show(value), show(defaults.get(key)), value == defaults.get(key)) for key, value in config.items()]
+    return {
+        "changed": [row[:3] for row in rows if not row[3]],
+        "default": [row[:3] for row in rows if row[3]],
+    }

@@ -1,0 +1,221 @@
+"""Run: a working directory, and everything written into it but the checkpoints.
+
+    W/config.json  manifest.json  summary.json  report.html  samples.jsonl  rejected.jsonl
+    W/metrics.jsonl  {"step": 20, "kind": "train", "loss": 1.31, "lr": 0.0002, "grad_norm": 0.4, "tokens_per_s": 8123.0}
+                     {"step": 20, "kind": "eval", "loss": 1.42}
+    W/tensorboard/   W/checkpoints/
+
+A JSON file is whole or absent: written beside its place, synced, renamed. A line of metrics is in the kernel's hands when
+`log` returns, so `kill -9` loses none. What resuming needs of its caller: a step's metrics are logged before its checkpoint
+is saved, and `resume_from(step)` is called before the first `log`. Only process 0 writes; elsewhere every method does nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import numbers
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sftjax.config import UserError
+from sftjax.train import tensorboard
+
+
+class Run:
+    """`with Run("runs/mine") as run: run.resume_from(0); run.log(10, {"loss": 1.3})`.
+
+    `writer` None means: is this jax process 0? Raises UserError where the directory cannot be made or written.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, use_tensorboard: bool = False, writer: bool | None = None):
+        if "://" in str(workdir):
+            raise UserError(f"--workdir={workdir}: a run's directory is local; copy it to a bucket afterwards")
+        if writer is None:
+            import jax
+
+            writer = jax.process_index() == 0
+        self.workdir = Path(workdir).expanduser()
+        self.writer = writer
+        self.use_tensorboard = use_tensorboard
+        self.purge_step: int | None = None
+        self.fd: int | None = None
+        self.events: tensorboard.Writer | None = None
+        if writer:
+            try:
+                self.workdir.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"--workdir={workdir}: cannot be made ({e.strerror}); choose another directory") from e
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.workdir / "checkpoints"
+
+    def log(self, step: int, scalars: Mapping[str, Any], kind: str = "train") -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard. A value that is not finite is null and counted in `nonfinite`.
+
+        Raises UserError where the disk is full; the lines before are whole and this one is left out.
+        """
+        if not self.writer:
+            return
+        values = {name: number(value) for name, value in scalars.items()}
+        line, lost = clean({"step": int(step), "kind": kind, **values})
+        if lost:
+            line["nonfinite"] = lost
+        with full_disk(self.workdir):
+            self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+            if self.use_tensorboard:
+                if self.events is None:
+                    self.events = tensorboard.Writer(self.workdir / "tensorboard", self.purge_step)
+                self.events.scalars(int(step), {f"{kind}/{name}": float(value) for name, value in values.items()})
+
+    def resume_from(self, step: int) -> None:
+        """Forgets every metric after `step`, and a last line cut short; -1 forgets all. Atomic: killed here, call it again."""
+        if not self.writer:
+            return
+        self.close()
+        path = self.workdir / "metrics.jsonl"
+        with full_disk(self.workdir):
+            if path.exists():
+                kept = b"".join(raw + b"\n" for raw, line in lines(path) if line["step"] <= step)
+                if kept != path.read_bytes():
+                    replace(path, kept)
+        self.purge_step = step + 1
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes W/`name` in one piece. Numbers that are not finite become null; a dict then says how many in `nonfinite`."""
+        if not self.writer:
+            return
+        value, lost = clean(value)
+        if lost and isinstance(value, dict):
+            value["nonfinite"] = lost
+        with full_disk(self.workdir):
+            replace(self.workdir / name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def write_lines(self, name: str, rows: list[Any]) -> None:
+        """Writes W/`name` as JSON lines, in one piece."""
+        if not self.writer:
+            return
+        text = "".join(json.dumps(clean(row)[0], ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        with full_disk(self.workdir):
+            replace(self.workdir / name, text.encode(errors="replace"))
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote, or None where there is no such file. Raises UserError where it is not JSON."""
+        return read_json(self.workdir / name)
+
+    def close(self) -> None:
+        """Closes what is open; a later `log` opens it again."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        if self.events is not None:
+            with full_disk(self.workdir):
+                self.events.close()
+            self.events = None
+
+    def _append(self, data: bytes) -> None:
+        if self.fd is None:
+            self.fd = os.open(self.workdir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        start = os.fstat(self.fd).st_size
+        try:
+            done = 0
+            while done < len(data):  # a disk about to be full takes a part, then refuses the rest
+                done += os.write(self.fd, data[done:])
+        except OSError:
+            os.ftruncate(self.fd, start)
+            raise
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one cut short; [] where there is no file. Raises UserError."""
+    return [line for _, line in lines(path)] if path.exists() else []
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None where there is no file. Raises UserError where it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e}); delete it or mend it") from e
+
+
+def lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line's bytes and value. No prefix of a JSON object is one, so a line that was cut short cannot pass for whole."""
+    raws = path.read_bytes().split(b"\n")
+    for i, raw in enumerate(raws, 1):
+        try:
+            yield raw, json.loads(raw)
+        except ValueError as e:
+            if i == len(raws):
+                return
+            raise UserError(f"{path}:{i}: not a line of JSON ({e}); delete the line") from e
+
+
+def clean(value: Any) -> tuple[Any, int]:
+    """`value` in JSON's own types, with null for every float that is not finite, and how many there were."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        pairs = {str(key): clean(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in pairs.items()}, sum(lost for _, lost in pairs.values())
+    if isinstance(value, (list, tuple)):
+        items = [clean(item) for item in value]
+        return [item for item, _ in items], sum(lost for _, lost in items)
+    if isinstance(value, os.PathLike):
+        return str(value), 0
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+        return clean(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    return value, 0
+
+
+def number(value: Any) -> int | float:
+    """A Python number of any scalar; waits for a jax array."""
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """`path` holds `data`, or what it held before: never a part. Survives a power cut."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def full_disk(where: Path) -> Iterator[None]:
+    """Says a full disk in one sentence instead of a traceback."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{where}: the disk is full; free some space and run the same command again to resume") from e

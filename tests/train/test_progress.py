@@ -1,0 +1,111 @@
+"""The progress line, and the arithmetic of MFU."""
+
+import io
+import itertools
+
+import pytest
+from rich.console import Console
+
+from sftjax.models.config import DecoderConfig
+from sftjax.train.progress import Progress, compact, duration, keys_seen, mfu, model_flops_per_token, peak_flops
+
+CONFIG = DecoderConfig(vocab=1000, width=64, mlp_width=160, layers=3, heads=4, kv_heads=2, head_dim=16)
+KERNELS = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160  # of a layer
+HEAD = 64 * 1000
+
+
+def test_full_training_costs_six_flops_a_parameter_and_attention_three_times_forward():
+    attention = 3 * 4 * 64 * (101 / 2)  # layers x (scores and values) x N H x keys
+    expected = 6 * (3 * KERNELS + HEAD) + 3 * attention
+    assert model_flops_per_token(CONFIG, 100) == pytest.approx(expected)
+
+
+def test_lora_costs_a_third_less_than_full():
+    flops = [model_flops_per_token(CONFIG, 1, method=m, rank=0) for m in ("full", "lora")]
+    attention = 3 * 3 * 4 * 64
+    assert (flops[1] - attention) / (flops[0] - attention) == pytest.approx(4 / 6)
+    added = 8 * sum(i + o for i, o in [(64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)])
+    with_rank = model_flops_per_token(CONFIG, 1, method="lora", rank=8)
+    assert with_rank - flops[1] == pytest.approx(6 * 3 * added)
+
+
+def test_freezing_more_layers_costs_less():
+    flops = [model_flops_per_token(CONFIG, 50, method="freeze", last_n_layers=n) for n in (0, 1, 2, 3)]
+    steps = [b - a for a, b in itertools.pairwise(flops)]
+    assert steps == pytest.approx([4 * KERNELS + 2 * 4 * 64 * 25.5] * 3)
+    assert flops[3] == pytest.approx(model_flops_per_token(CONFIG, 50) - 2 * HEAD)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 20])
+def test_keys_seen_is_the_mean_over_positions(window):
+    counted = sum(min(p, window or p) for p in range(1, 8)) / 7
+    assert keys_seen(7, window) == pytest.approx(counted)
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", None),
+        ("Tesla T4", 65),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_by_the_names_jax_gives(kind, tflops):
+    assert peak_flops(kind) == (tflops and tflops * 1e12)
+
+
+def test_mfu_is_a_share_of_all_devices():
+    assert mfu(1e6, 1e9, "TPU v4", 8) == pytest.approx(1e15 / (8 * 275e12))
+    assert mfu(1e6, 1e9, "cpu", 1) is None
+
+
+def plain(total: int, seconds: float, **options) -> list[str]:
+    out, times = io.StringIO(), iter(range(10**6))
+    console = Console(file=out, width=40)
+    with Progress(total, console=console, clock=lambda: seconds * next(times), **options) as progress:
+        for step in range(options.get("start", 0) + 1, total + 1):
+            progress.update(step, {"loss": 1 / step, "lr": 2e-4, "tokens_per_s": 8123.0, "mfu": None})
+    return out.getvalue().splitlines()
+
+
+def test_plain_lines_where_stdout_is_no_terminal():
+    lines = plain(25, 2.0)
+    assert [line.split()[1] for line in lines] == ["10/25", "20/25", "25/25"]
+    assert lines[0] == "step 10/25  loss 0.1000  lr 2.0e-04  8.12k tokens/s  ETA 30s"
+    assert "ETA" not in lines[-1]
+
+
+def test_resuming_counts_on():
+    assert plain(30, 2.0, start=15, log_every=10)[0].startswith("step 25/30  loss 0.0400")
+
+
+def test_one_moving_line_in_a_terminal():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with Progress(20, console=console) as progress:
+        progress.update(5, {"loss": 1.25, "mfu": 0.412})
+        progress.say("evaluation [0.5]")
+    assert "5/20" in out.getvalue() and "loss 1.2500  MFU 41 %" in out.getvalue() and "evaluation [0.5]" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "x, shown", [(0, "0"), (842, "842"), (999.7, "1k"), (12345, "12.3k"), (4.56e6, "4.56M"), (2e-4, "2e-4"), (1e-5, "1e-5")]
+)
+def test_compact(x, shown):
+    assert compact(x) == shown
+
+
+@pytest.mark.parametrize("s, shown", [(0.4, "0s"), (59.6, "1m00s"), (192, "3m12s"), (7500, "2h05m"), (273600, "3d04h")])
+def test_duration(s, shown):
+    assert duration(s) == shown

@@ -1,0 +1,184 @@
+"""The report: needs no network, shows what the files say, and lets nobody's text out of its place."""
+
+import html.parser
+import json
+import re
+
+import pytest
+from fake_run import fake_run
+
+from sftjax.config import UserError
+from sftjax.train import chart
+from sftjax.train.fit import at, judge
+from sftjax.train.report import write_report
+
+HOSTILE = """</script></pre><script>alert(1)</script>"'><img src=https://evil.example/x.png onerror=alert(2)>&amp;{{ 7 * 7 }}"""
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, attributes and text of a page, as a browser sees them."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.text += " " if tag in ("td", "th", "dt", "dd", "div") else ""
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+def report(workdir) -> str:
+    return write_report(workdir).read_text()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    return report(fake_run(tmp_path_factory.mktemp("run")))
+
+
+def test_needs_no_network(source):
+    page = Page(source)
+    assert not re.search(r"https?://|@import|url\(", source)
+    assert not {"src", "href", "xlink:href", "srcset", "action"} & {name for name, _ in page.attributes}
+    assert not {"img", "iframe", "link", "object", "embed", "base"} & set(page.tags)
+    assert not page.open
+
+
+def test_shows_what_the_files_say(source):
+    words = " ".join(Page(source).text.split())
+    for part in (
+        "3.164 → 0.561",
+        "2.1 % → 91.7 %",
+        "513k",
+        "8.12k",
+        "NVIDIA H200",
+        "A good fit",
+        "dropped: overlong 61",
+        "5e-4 2e-4",
+    ):
+        assert part in words, part
+    assert "1 logged step had a loss that is not finite" in words
+    assert "Qwen3-0.6B" in words and "data.max_length 512 1024" in words
+
+
+def test_answers_stand_side_by_side_with_marks(source):
+    assert source.count('<article class="card sample"') == 48
+    counts = {fate: int(n) for fate, n in re.findall(r'<i class="(\w+)"></i>.*? (\d+)</button>', source)}
+    assert sum(counts.values()) == 48
+    assert source.count("✓ correct") == counts["fixed"] + 2 * counts["kept"] + counts["broken"]
+    assert source.count("✗ wrong") == counts["fixed"] + counts["broken"] + 2 * counts["missed"]
+
+
+def test_hostile_text_stays_text(tmp_path):
+    source = report(fake_run(tmp_path, hostile=HOSTILE))
+    page = Page(source)
+    assert HOSTILE in page.text
+    assert page.tags.count("script") == 1 and "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "src"]
+    assert not page.open
+
+
+def test_only_its_own_script_may_run(tmp_path, source):
+    again = report(fake_run(tmp_path))
+    nonces = [
+        re.findall(r"script-src 'nonce-(\w+)'", page) + re.findall(r'<script nonce="(\w+)"', page) for page in (source, again)
+    ]
+    assert nonces[0][0] == nonces[0][1] and nonces[1][0] == nonces[1][1]
+    assert nonces[0][0] != nonces[1][0]
+    assert "default-src 'none'" in source
+
+
+@pytest.mark.parametrize("missing", ["config.json", "manifest.json", "metrics.jsonl", "summary.json", "samples.jsonl"])
+def test_any_file_may_be_missing(tmp_path, missing):
+    workdir = fake_run(tmp_path, steps=40)
+    (workdir / missing).unlink()
+    assert not Page(report(workdir)).open
+
+
+def test_metrics_of_one_line_and_null_values(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "kind": "train", "loss": null, "grad_norm": 0, "nonfinite": 1}\n{"step": 2, "ki'
+    )
+    (tmp_path / "summary.json").write_text('{"eval_loss": null, "steps": 1}')
+    assert "Too few evaluations" in report(tmp_path)
+
+
+def test_messages_tools_and_long_texts_are_shown(tmp_path):
+    prompt = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": "Hi"}]
+    row = {"prompt": prompt, "expected": {"tool": "weather"}, "base": "x" * 5000, "tuned": None, "exact_tuned": True}
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    words = Page(report(tmp_path)).text
+    assert "system: Be <b>brief</b>.\nuser: Hi" in words and '{"tool": "weather"}' in words and "1,000 more characters" in words
+
+
+def test_no_run_no_report(tmp_path):
+    with pytest.raises(UserError, match="run sftjax train first"):
+        write_report(tmp_path)
+
+
+def curve(*losses: float) -> list[tuple[int, float]]:
+    return [(10 * i, loss) for i, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    "kind, best, losses",
+    [
+        ("overfit", 30, (3, 2, 1.2, 1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)),
+        ("underfit", 100, (3, 2.8, 2.6, 2.4, 2.2, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0)),
+        ("good", 100, (3, 2, 1.5, 1.2, 1.1, 1.05, 1.03, 1.02, 1.01, 1.005, 1.0)),
+        ("good", 50, (3, 2, 1.5, 1.2, 1.1, 1.00, 1.005, 1.01, 1.01, 1.01, 1.01)),  # up, but by less than 2 %
+        ("good", 20, (3, 0.1, 0.004, 0.005, 0.006, 0.006, 0.006, 0.006, 0.006, 0.006, 0.006)),  # up, by next to nothing
+        ("good", 90, (3, 2, 1.5, 1.2, 1.1, 1.05, 1.03, 1.02, 1.01, 0.98, 1.01)),  # up, but only at the very end
+        ("worse", 0, (3, 3.1, 3.2, 3.3, 3.4, 3.5, 3.6, 3.7, 3.8, 3.9, 4.0)),
+        ("unknown", None, (3, 2)),
+    ],
+)
+def test_fit_is_judged_by_the_stated_rules(kind, best, losses):
+    fit = judge([], curve(*losses))
+    assert (fit.kind, fit.best_step) == (kind, best)
+
+
+def test_a_gap_to_the_training_loss_is_noted():
+    flat = curve(3, 1.2, 1.0, 1.0, 1.0)
+    assert "memorised" in judge([(40, 0.3)], flat).text
+    assert "memorised" not in judge([(40, 0.9)], flat).text
+
+
+def test_a_curve_is_read_between_its_points():
+    assert at(curve(3, 1), 5) == 2 and at(curve(3, 1), 10) == 1 and at(curve(3, 1), 99) == 1
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.13, 0.19), (3, 3), (0, 0), (-2e-5, 7e-4), (1, 1e6), (-5, -1)])
+def test_ticks_cover_the_values_and_are_few(low, high):
+    found = chart.ticks(low, high)
+    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 9
+
+
+def test_thinning_keeps_every_extreme():
+    points = [(i, 1.0 + (99 if i == 4321 else 0) - (5 if i == 777 else 0)) for i in range(10_000)]
+    kept = chart.thin(points)
+    assert len(kept) <= chart.MAX_POINTS and (4321, 100.0) in kept and (777, -4.0) in kept
+
+
+def test_smoothing_does_not_lag_behind_a_line():
+    points = [(i, 100.0 - i) for i in range(100)]
+    assert [y for _, y in chart.smooth(points)] == pytest.approx([y for _, y in points])
