@@ -50,8 +50,8 @@ def default() -> ConfigDict:
     c.data.eval = None  # held-out rows; None = split off from train
     c.data.split = (8, 1, 1)  # train : eval : test where eval is None; by content, so duplicates stay together
     c.data.format = "auto"  # alpaca | sharegpt | messages | prompt_completion | label | text
-    c.data.columns = ConfigDict({}, allow_dotted_keys=False)  # canonical name -> the file's own column, e.g. {"instruction": "question"}
-    c.data.roles = ConfigDict({})  # the file's role -> the template's role, e.g. {"human": "user"}
+    c.data.columns = ConfigDict()  # canonical name -> the file's own column, e.g. {"instruction": "question"}
+    c.data.roles = ConfigDict()  # the file's role -> the template's role, e.g. {"human": "user"}
     c.data.system = None  # a system prompt for rows that have none
     c.data.label_prompt = "{text}"  # format label: the user's turn, with {text} and {labels}
     c.data.template = None  # a built-in name (chatml, llama3) or a .jinja file; None = the model's own, else chatml

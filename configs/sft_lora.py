@@ -1,0 +1,36 @@
+"""LoRA on a chat model: the config to start from.
+
+    sftjax preview --config=configs/sft_lora.py --config.data.train=mine.jsonl
+    sftjax train   --config=configs/sft_lora.py --config.data.train=mine.jsonl --workdir=runs/mine
+    sftjax export  --workdir=runs/mine --to=hf --out=mine
+
+Hardware: Qwen3-0.6B in bfloat16 with rank 16 fits any accelerator with 8 GB; a smaller model runs on a CPU, e.g.
+--config.model.path with 30 M parameters. Any Llama, Mistral, Qwen2 or Qwen3 checkpoint takes its place.
+"""
+
+from ml_collections import ConfigDict
+
+from sftjax.config import default
+
+
+def get_config() -> ConfigDict:
+    c = default()
+    c.model.path = "Qwen/Qwen3-0.6B"
+    c.model.remat = "dots"
+
+    c.method = "lora"
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+    c.lora.targets = "all-linear"
+
+    c.data.train = ("mine.jsonl",)  # Alpaca, ShareGPT, messages, prompt + completion, text + label: found out by itself
+    c.data.max_length = 2048
+
+    c.optim.lr = 2e-4
+    c.optim.schedule = "cosine"
+    c.optim.warmup = 0.03
+
+    c.train.epochs = 3.0
+    c.train.batch_size = 8
+    c.eval.generate = 20  # held-out prompts answered before and after, side by side in the report
+    return c
