@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import resource
 import sys
 import time
@@ -176,7 +175,7 @@ class Job:
         return manifest(
             self.config,
             data_report=self.splits.report,
-            data_hash=hashlib.sha256(json.dumps(self.splits.report["sources"], sort_keys=True).encode()).hexdigest(),
+            data_hash=hashlib.sha256("".join(s["sha256"] for s in self.splits.report["sources"]).encode()).hexdigest(),
             template=self.chat.template,
             base_dir=self.base.directory,
             adapter_dir=self.base.adapter,

@@ -39,8 +39,13 @@ TOKENIZER = (
     "tokenizer.model",
     "spiece.model",
 )
-# what says how a run is watched and kept, not what it computes: free to change when it resumes
+# what says how a run is watched and kept, or where and in what order it computes the same: free to change when it resumes
 FREE = {
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "model.scan",
+    "model.remat",
     "train.log_every",
     "train.save_every",
     "train.keep",
