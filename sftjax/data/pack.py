@@ -44,7 +44,7 @@ class Plan:
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A shuffle of range(n) named by `key`; the same on every platform and numpy version, which Generator.permutation does not promise."""
+    """A shuffle of range(n) named by `key`, from raw bits: numpy does not promise that Generator.permutation stays as it is."""
     raw = np.random.PCG64(np.random.SeedSequence([k % 2**64 for k in key])).random_raw(n)
     return np.argsort(raw, kind="stable")
 

@@ -79,8 +79,8 @@ def build(config: ConfigDict, chat: Chat, *, rejected_path: Path | None = None, 
     ledger.announce(say)
 
     part = parts(ledger, training, config)
-    shares = [o.source.weight for o in opened[:training]] + [1.0] * (len(opened) - training)
-    train, evaluation, test = (ledger.rows(part == p, shares) for p in range(3))
+    train = ledger.rows(part == 0, [o.source.weight for o in opened])
+    evaluation, test = (ledger.rows(part == p, [1.0] * len(opened)) for p in (1, 2))  # weights are for training
     report = ledger.counts() | {"eval_rows_in_train": leaks(ledger, part) if data.eval else 0}
     for name, rows in (("train", train), ("eval", evaluation), ("test", test)):
         report[name] = {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}

@@ -50,7 +50,7 @@ class Stream:
         self.begins = [0]  # the first bin of epoch 0, 1, ... as far as known
         first = self.plan(0)
         self.bins = len(first)
-        self.length = static_length(rows, first, self.max_length)
+        self.length = static_length(rows, first, self.max_length, self.packing)
         self.fullness = float(first.sizes().sum() / max(self.bins * self.length, 1))
         self.end = None if config.train.steps else self.begin_of(config.train.epochs)
         self.steps_total = config.train.steps or math.ceil(self.end / self.batch_size)  # type: ignore[operator]
@@ -106,9 +106,12 @@ class Stream:
         return sum(counts[:whole]) + rest
 
 
-def static_length(rows: Rows, first: Plan, max_length: int) -> int:
+def static_length(rows: Rows, first: Plan, max_length: int, packing: bool) -> int:
     """T: the least multiple of 128 that holds the fullest bin of any epoch, at most max_length."""
-    fullest = int(first.sizes().max(initial=1)) if rows.steady() else max_length
+    if rows.steady():
+        fullest = int(first.sizes().max(initial=1))  # other epochs have bins of the same sizes
+    else:
+        fullest = max_length if packing else int(rows.lengths.max())
     return min(max_length, -(-fullest // 128) * 128)
 
 
@@ -123,7 +126,7 @@ def cut(rows: Rows, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray]]:
 def eval_batches(rows: Rows, batch_size: int, max_length: int) -> Iterator[Batch]:
     """Every row exactly once, packed, in batches of one shape; the last one padded with empty rows."""
     bins = rows.plan(seed=0, epoch=0, max_length=max_length, packing=True)
-    length = static_length(rows, bins, max_length)
+    length = static_length(rows, bins, max_length, packing=True)
     for at in range(0, len(bins), batch_size):
         here = [cut(rows, bins[i]) for i in range(at, min(at + batch_size, len(bins)))]
         yield assemble(here + [[]] * (batch_size - len(here)), length)

@@ -1,0 +1,128 @@
+"""What `sftjax preview` prints: rows token by token as the model sees them, what is trained, what was dropped, how it packs.
+
+<|im_start|>|user|⏎          a token each, parted by |; white space as ⏎ and ⇥
+[[Paris|.|<|im_end|>]]       trained: green, or in [[ ]] where there is no colour; another weight than 1 is written there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sftjax.config import UserError
+from sftjax.data.chat import load_tokenizer, prepare
+from sftjax.data.pipeline import build
+from sftjax.data.rows import Rows
+from sftjax.data.stream import Stream
+
+HEAD, TAIL = 500, 200  # tokens shown of a long row: its beginning, and its end with the terminator
+BAR = 40  # characters of the histogram's longest bar
+VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥", "\r": "␍"})
+
+
+def preview(config: ConfigDict, console: Console, rows: int = 3) -> None:
+    """Prints the first `rows` training rows and how all of them fit the config. Raises UserError as training would."""
+    if not config.model.path:
+        raise UserError("model.path is empty: the rows are seen through a model's tokenizer; set --config.model.path=DIR")
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code, config.model.revision)
+    chat, new = prepare(tokenizer, config.data.template, loss_on=config.data.loss_on)
+    if new:
+        console.print(Text(f"added to the tokenizer for its template: {' '.join(new)}"))
+    splits = build(config, chat, say=lambda line: console.print(Text(line), soft_wrap=True))
+    plain = console.no_color or console.color_system is None
+    for i in range(min(rows, len(splits.train))):
+        console.print()
+        console.print(title(splits.train, i), soft_wrap=True)
+        console.print(row_text(tokenizer, *splits.train.row(i), plain), soft_wrap=True)
+    console.print()
+    console.print(counts(splits.report))
+    console.print(histogram(splits.train.lengths), soft_wrap=True)
+    console.print(Text(packing(Stream(splits.train, config))), soft_wrap=True)
+
+
+def title(rows: Rows, i: int) -> Text:
+    about = f"{rows.lengths[i]:,} tokens, {rows.trained[i]:,} trained"
+    return Text.assemble((rows.where(i), "bold"), f"  {about}")
+
+
+def row_text(tokenizer: Any, ids: np.ndarray, weights: np.ndarray, plain: bool) -> Text:
+    """Every token of a row, trained ones marked; the middle of a long row left out."""
+    hidden = len(ids) - HEAD - TAIL
+    if hidden <= 0:
+        return tokens_text(tokenizer, ids, weights, plain)
+    gap = Text(f"\n... {hidden:,} tokens not shown ...\n", "dim")
+    head, tail = slice(None, HEAD), slice(-TAIL, None)
+    return Text.assemble(
+        tokens_text(tokenizer, ids[head], weights[head], plain), gap, tokens_text(tokenizer, ids[tail], weights[tail], plain)
+    )
+
+
+def tokens_text(tokenizer: Any, ids: np.ndarray, weights: np.ndarray, plain: bool) -> Text:
+    out = Text()
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for weight, run in groupby(pieces(tokenizer, ids, weights), key=lambda piece: piece[2]):
+        colour = "green" if weight == 1 else "yellow" if weight else ""
+        note = f"×{weight:g} " if weight not in (0, 1) else ""
+        out.append(("[[" if plain and weight else "") + note, colour)
+        for k, (text, first, _) in enumerate(run):
+            out.append("|" if k or (out and not weight) else "", "dim")
+            out.append(text.translate(VISIBLE), f"{colour} bold" if first in special else colour)
+        out.append("]]" if plain and weight else "")
+    out.rstrip()
+    return out
+
+
+def pieces(tokenizer: Any, ids: np.ndarray, weights: np.ndarray) -> Iterator[tuple[str, int, float]]:
+    """(text, first id, weight) of each token, or of tokens together where one alone is only part of a character."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    before: list[int] = []  # the piece before: some tokenizers drop the space of a token that stands first
+    held: list[int] = []
+    for id, weight, following in zip(ids.tolist(), weights.tolist(), [*weights[1:].tolist(), None]):
+        held.append(id)
+        text = decode(before + held)[len(decode(before)) :]
+        if "\ufffd" not in text or len(held) == 4 or following != weight:  # no character has more than four bytes
+            yield text, held[0], weight
+            before, held = held, []
+
+
+def counts(report: dict[str, Any]) -> Table:
+    """Rows by what became of them, then the splits with their tokens."""
+    table = Table("", "rows", "tokens", "trained", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in ("train", "eval", "test"):
+        table.add_row(name, *(f"{report[name][key]:,}" for key in ("rows", "tokens", "trained_tokens")))
+    for reason, n in report["dropped"].items():
+        table.add_row(f"dropped: {reason.replace('_', ' ')}", f"{n:,}")
+    table.add_row("read", f"{report['read']:,}")
+    return table
+
+
+def histogram(lengths: np.ndarray, most: int = 8) -> Text:
+    """Row lengths in at most `most` steps of 1, 2 or 5 times a power of ten."""
+    top = int(lengths.max())
+    width = next(w * 10**e for e in range(12) for w in (1, 2, 5) if w * 10**e * most > top)
+    n = np.bincount(lengths // width)
+    out = Text("tokens a row\n")
+    for i, count in enumerate(n.tolist()):
+        bar = "█" * round(BAR * count / n.max()) or ("▏" if count else "")
+        out.append(f"{i * width:>8,}-{(i + 1) * width - 1:<8,} {bar} {count:,}\n")
+    return out
+
+
+def packing(stream: Stream) -> str:
+    kind = "rows" if stream.packing else "rows (one example each)"
+    return (
+        f"an epoch: {stream.bins:,} {kind} of {stream.length} tokens, {stream.fullness:.1%} full = "
+        f"{stream.bins / stream.batch_size:,.1f} steps of {stream.batch_size}; steps of the run: {stream.steps_total:,}"
+    )
