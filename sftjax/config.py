@@ -87,7 +87,7 @@ def default() -> ConfigDict:
     c.train.batch_size = 8  # rows of max_length a step, over all devices
     c.train.micro_batch = None  # rows at a time; None = batch_size, more are accumulated by tokens
     c.train.log_every = 10
-    c.train.eval_every = None  # steps; None = ten times a run; 0 = only at the end
+    c.train.eval_every = None  # steps; None = five times a run; 0 = only at the end
     c.train.save_every = None  # steps; None = as eval_every; 0 = only at the end
     c.train.keep = 2  # last checkpoints kept, beside the best
     c.train.patience = 0  # evaluations without improvement before stopping; 0 = never

@@ -54,7 +54,7 @@ def fit(
     micro_batches = c.batch_size // (c.micro_batch or c.batch_size)
     step_fn = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
     evaluate = evaluator(eval_loss, frozen, eval_batches, mesh)
-    eval_every = math.ceil(total / 10) if c.eval_every is None else c.eval_every
+    eval_every = math.ceil(total / 5) if c.eval_every is None else c.eval_every
     save_every = eval_every if c.save_every is None else c.save_every
 
     state, tally, start, compiled = place(init_state(trainable, optimizer), trainable, mesh), Tally(), 0, None
