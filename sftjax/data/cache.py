@@ -2,7 +2,7 @@
 
     tokens.bin    int32    all rows end to end; offsets.npy [n + 1] says where each begins
     weights.bin   float32  the loss weight of each token
-    examples.bin  bytes    what each row was made from, as JSON (nothing for plain text); example_offsets.npy
+    examples.bin  bytes    what each row was made from, as JSON; example_offsets.npy
     rows.npy               per row: source, line, content hash, trained tokens, whether a terminator ends them
     rejected.jsonl         rows that could not be used, with the reason
     meta.json              the source's files by name; written last
@@ -30,7 +30,7 @@ from sftjax.config import UserError
 from sftjax.data.example import Example, Message
 from sftjax.data.formats import Rejected
 
-VERSION = 1  # of what encoding a row means and how a store is laid out; part of every key
+VERSION = 2  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype([("source", "<i4"), ("line", "<i8"), ("key", "<u8"), ("trained", "<i8"), ("terminated", "?")])
 
 
@@ -75,9 +75,9 @@ class Store:
         here = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[here], self.weights[here]
 
-    def example(self, i: int) -> Example | None:
+    def example(self, i: int) -> Example:
         text = self.examples[self.example_offsets[i] : self.example_offsets[i + 1]].tobytes()
-        return loads(text, self.sources[self.rows["source"][i]], int(self.rows["line"][i])) if text else None
+        return loads(text, self.sources[self.rows["source"][i]], int(self.rows["line"][i]))
 
     def where(self, i: int) -> str:
         return f"{self.sources[self.rows['source'][i]]}:{self.rows['line'][i]}"
@@ -123,8 +123,11 @@ def entry(root: Path, key: str) -> Iterator[Path]:
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
         try:
             yield fresh
-            if not (root / key).exists():  # another process may have been quicker, with the same content
+            try:
                 os.rename(fresh, root / key)
+            except OSError:
+                if not (root / key).exists():  # else another process was quicker, with the same content
+                    raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as e:
@@ -141,11 +144,15 @@ def content_key(example: Example) -> int:
 
 
 def dumps(example: Example) -> bytes:
-    """The example as JSON, without its place; nothing for plain text, of which the tokens are all there is to keep."""
-    if example.text is not None:
-        return b""
+    """The example as JSON, without its place."""
     messages = example.messages and [(m.role, m.content, m.loss, m.extra) for m in example.messages]
-    fields = {"messages": messages, "completion": example.completion, "tools": example.tools, "label": example.label}
+    fields = {
+        "messages": messages,
+        "completion": example.completion,
+        "text": example.text,
+        "tools": example.tools,
+        "label": example.label,
+    }
     return json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False, default=str).encode()
 
 

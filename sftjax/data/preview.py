@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sftjax.config import UserError
-from sftjax.data.chat import load_tokenizer, prepare
+from sftjax.data.chat import Chat, load_tokenizer, prepare
 from sftjax.data.pipeline import build
 from sftjax.data.rows import Rows
 from sftjax.data.stream import Stream
@@ -32,9 +32,12 @@ def preview(config: ConfigDict, console: Console, rows: int = 3) -> None:
     if not config.model.path:
         raise UserError("model.path is empty: the rows are seen through a model's tokenizer; set --config.model.path=DIR")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code, config.model.revision)
-    chat, new = prepare(tokenizer, config.data.template, loss_on=config.data.loss_on)
-    if new:
-        console.print(Text(f"added to the tokenizer for its template: {' '.join(new)}"))
+    if config.task == "pretrain":
+        chat = Chat(tokenizer, loss_on="all")
+    else:
+        chat, new = prepare(tokenizer, config.data.template, loss_on=config.data.loss_on)
+        if new:
+            console.print(Text(f"added to the tokenizer for its template: {' '.join(new)}"))
     splits = build(config, chat, say=lambda line: console.print(Text(line), soft_wrap=True))
     plain = console.no_color or console.color_system is None
     for i in range(min(rows, len(splits.train))):

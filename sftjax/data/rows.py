@@ -36,8 +36,8 @@ class Rows:
         ids, weights = self.stores[self.store[i]].row(self.index[i])
         return ids[: self.lengths[i]], weights[: self.lengths[i]]
 
-    def example(self, i: int) -> Example | None:
-        """What the row was made from; None for plain text, which has no turn to answer."""
+    def example(self, i: int) -> Example:
+        """What the row was made from, whole."""
         return self.stores[self.store[i]].example(self.index[i])
 
     def where(self, i: int) -> str:

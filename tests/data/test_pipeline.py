@@ -11,6 +11,7 @@ from tiny_chat import chat, config, row, write
 
 from sftjax.config import UserError
 from sftjax.data import cache
+from sftjax.data.example import Example, Message
 from sftjax.data.formats import Rejected
 from sftjax.data.pipeline import build
 from sftjax.data.rows import split
@@ -201,6 +202,26 @@ def test_an_entry_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt), cache.entry(tmp_path, "key") as place:
         cache.write(place, rows(), ["f"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(tmp_path):
+    c = config(tmp_path, [row(0)])
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written.*--config\.data\.cache_dir"):
+        run(c)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example("f", 3, messages=(Message("user", "é\ud7ff\n"), Message("assistant", None, 0.5, {"tool_calls": [{"id": "1"}]}))),
+        Example("f", 3, messages=(Message("user", "q"), Message("assistant", "a")), tools=({"type": "function"},), label="a"),
+        Example("f", 3, completion=("p", "c")),
+        Example("f", 3, text="plain"),
+    ],
+)
+def test_an_example_comes_back_from_the_cache_as_it_was(example):
+    assert cache.loads(cache.dumps(example), "f", 3) == example
 
 
 def test_workers_give_what_one_process_gives(tmp_path):
