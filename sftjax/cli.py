@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         parser.print_help()
         sys.exit(0)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenised by processes of our own
     from sftjax.config import UserError
     from sftjax.train.stop import Stopped
