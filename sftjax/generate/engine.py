@@ -1,6 +1,6 @@
 """Engine: prompts in, answers out, through a static KV cache.
 
-    prefill   right-padded prompts, a block of columns at a time      [B, C] -> cache [L, B, K, S, H]
+    prefill   right-padded prompts, a block of columns at a time      [B, C] -> cache of S slots
     decode    one compiled while_loop of up to CHUNK tokens; the host looks in between (stop strings, streaming)
 
 B, C and S are powers of two and the cache doubles when it is full, so that few programs serve all requests. A row's
@@ -273,9 +273,9 @@ def _decode(model: Decoder, params: Any, state: State, sampling: Sampling, stops
 
 @partial(jax.jit, static_argnames="length")
 def _grow(state: State, length: int) -> State:
-    extra = length - state.cache.k.shape[3]
-    pad = partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, extra), (0, 0)))
-    return state._replace(cache=Cache(pad(state.cache.k), pad(state.cache.v)))
+    k, v = state.cache
+    extra, same = (0, length - v.shape[3]), (0, 0)
+    return state._replace(cache=Cache(jnp.pad(k, (same, same, same, same, extra)), jnp.pad(v, (same, same, same, extra, same))))
 
 
 def max_length(c: DecoderConfig) -> int:

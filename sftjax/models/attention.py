@@ -40,15 +40,19 @@ def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Ar
 
 
 def cached_attention(q: Array, k: Array, v: Array, positions: Array, *, window: int | Array | None, scale: float) -> Array:
-    """q [B, T, N, H] against a cache k, v [B, K, S, H] whose slot s holds position s; positions [B, T] of the queries."""
+    """q [B, T, N, H] at positions [B, T] against a cache k [B, K, H, S], v [B, K, S, H] whose slot s holds position s."""
     B, T, N, H = q.shape
-    K, S = k.shape[1:3]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    K, S = v.shape[1:3]
+    G = N // K
+    # one product a kv head over its G queries of all T positions: with T an axis of its own, the CPU transposes the results
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
     seen = (behind >= 0) & (behind < (FAR if window is None else window))
-    probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", probs, v).reshape(B, T, N, H)
+    scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
+    y = jnp.einsum("bkms,bksh->bkmh", probs, v).reshape(B, K, G, T, H)
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, static_window: int | None, scale: float) -> Array:

@@ -32,7 +32,7 @@ REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, K, S, H]; slot s of a row holds its position s.
+    """Keys [L, B, K, H, S] and values [L, B, K, S, H], as their products read them; slot s of a row holds its position s.
 
     The layers hand on the whole cache and each writes its own slots: as an input and output of the scan, every
     decoding step would copy all of it.
@@ -44,8 +44,11 @@ class Cache(NamedTuple):
     def write(self, layer: Any, positions: Array, k: Array, v: Array) -> Cache:
         """With k and v [B, T, K, H] of one layer at positions [B, T]."""
         B, _, K, _ = k.shape
-        slots = (layer, jnp.arange(B)[:, None, None], jnp.arange(K), positions[:, :, None])
-        return Cache(self.k.at[slots].set(k.astype(self.k.dtype)), self.v.at[slots].set(v.astype(self.v.dtype)))
+        row, head, slot = jnp.arange(B)[:, None, None], jnp.arange(K), positions[:, :, None]
+        return Cache(
+            self.k.at[layer, row, head, :, slot].set(k.astype(self.k.dtype)),
+            self.v.at[layer, row, head, slot].set(v.astype(self.v.dtype)),
+        )
 
 
 class Output(NamedTuple):
@@ -199,5 +202,5 @@ def init(c: DecoderConfig, key: Array) -> Any:
 
 
 def init_cache(c: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
-    shape = (c.layers, batch, c.kv_heads, length, c.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    lead = (c.layers, batch, c.kv_heads)
+    return Cache(jnp.zeros((*lead, c.head_dim, length), dtype), jnp.zeros((*lead, length, c.head_dim), dtype))
