@@ -17,25 +17,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
+
+import numpy as np
 
 from sftjax.data.cache import Row, content_key, dumps
-from sftjax.data.chat import Chat
+from sftjax.data.chat import Chat, Encoded, finish
 from sftjax.data.example import Example, RowError
 from sftjax.data.formats import Rejected
 
-CHUNK = 256  # examples handed to a worker at once
+CHUNK = 256  # examples handed to a worker at once ...
+CHUNK_CHARACTERS = 4_000_000  # ... and what they may hold together
+LIMIT = 4_000_000  # characters of a row: tokenizers need some 250 bytes of memory for each, and no model's context is as long
+PART = 1_000_000  # plain text may be longer: it is tokenised in parts of this many characters
 PATIENCE = 4.0  # seconds of encoding here before workers are started, about what starting them costs
 
 Items = list[Example | Rejected]
-Encoded = list[Row | Rejected]
+Done = list[Row | Rejected]
 
 
 def encode(
     items: Iterator[Example | Rejected], chat: Chat, workers: int | None, say: Callable[[str], None]
 ) -> Iterator[Row | Rejected]:
     """Each item encoded, in order; a row the template cannot render becomes a Rejected. `workers` None: as is quickest."""
-    chunks = iter(lambda: list(islice(items, CHUNK)), [])
+    chunks = chunked(items)
     count = workers or cores()
     spent = 0.0
     while count == 1 or (workers is None and spent < PATIENCE):
@@ -57,17 +62,53 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_all(chat: Chat, items: Items) -> Encoded:
+def encode_all(chat: Chat, items: Items) -> Done:
     return [item if isinstance(item, Rejected) else encode_one(chat, item) for item in items]
 
 
 def encode_one(chat: Chat, example: Example) -> Row | Rejected:
     try:
-        encoded = chat.encode(example)
+        if example.text is None and (size := characters(example)) > LIMIT:
+            raise RowError("", f"has {size:,} characters; a conversation of more than {LIMIT:,} is not tokenised")
+        encoded = chat.encode(example) if characters(example) <= PART else encode_long(chat, example.text or "")
     except RowError as e:
         return Rejected(example.source, example.line, e.field, e.reason)
     terminated = chat.check(encoded, example) is None
     return Row(example.source, example.line, content_key(example), terminated, *encoded, dumps(example))
+
+
+def chunked(items: Iterator[Example | Rejected]) -> Iterator[Items]:
+    """Items in lists that are neither long nor heavy."""
+    chunk: Items = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += characters(item) if isinstance(item, Example) else 0
+        if len(chunk) == CHUNK or size > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def characters(example: Example) -> int:
+    """The length of what the example says."""
+    said = [m.content for m in example.messages or ()] + list(example.completion or ()) + [example.text]
+    return sum(len(text) for text in said if isinstance(text, str))
+
+
+def encode_long(chat: Chat, text: str) -> Encoded:
+    """A document in parts that end with a line or before a space, where hardly any tokenizer would join what is cut."""
+    ids, at = list(chat.start_ids), 0
+    while at < len(text):
+        end = at + PART
+        if end < len(text):
+            cut = text.rfind("\n", at + PART // 2, end) + 1 or text.rfind(" ", at + PART // 2, end)
+            end = cut if cut > 0 else end
+        ids += chat.tokenise(text[at:end])[0]
+        at = end
+    ids += chat.eos_ids
+    return finish(ids, np.ones(len(ids), np.float32))
 
 
 class Pool:
@@ -90,9 +131,9 @@ class Pool:
             worker.process.wait()
         self.threads.shutdown(cancel_futures=True)
 
-    def map(self, chunks: Iterator[Items]) -> Iterator[Encoded]:
+    def map(self, chunks: Iterator[Items]) -> Iterator[Done]:
         """The encoded chunks in order; a few more than there are workers are under way, so memory stays bounded."""
-        pending: deque[Future[Encoded]] = deque()
+        pending: deque[Future[Done]] = deque()
         for chunk in chunks:
             pending.append(self.threads.submit(self.encode, chunk))
             if len(pending) > 3 * len(self.workers):
@@ -100,7 +141,7 @@ class Pool:
         while pending:
             yield pending.popleft().result()
 
-    def encode(self, chunk: Items) -> Encoded:
+    def encode(self, chunk: Items) -> Done:
         worker = self.idle.get()
         try:
             return worker.encode(chunk)
@@ -120,7 +161,7 @@ class Worker:
             [sys.executable, "-m", "sftjax.data.encode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env
         )
 
-    def encode(self, chunk: Items) -> Encoded:
+    def encode(self, chunk: Items) -> Done:
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(self.greeting + pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL))

@@ -10,7 +10,7 @@ import tiny_chat
 from tiny_chat import chat, config, row, write
 
 from sftjax.config import UserError
-from sftjax.data import cache
+from sftjax.data import cache, encode
 from sftjax.data.example import Example, Message
 from sftjax.data.formats import Rejected
 from sftjax.data.pipeline import build
@@ -222,6 +222,16 @@ def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(tmp_path):
 )
 def test_an_example_comes_back_from_the_cache_as_it_was(example):
     assert cache.loads(cache.dumps(example), "f", 3) == example
+
+
+def test_a_huge_conversation_is_refused_and_a_huge_document_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "LIMIT", 2000)
+    monkeypatch.setattr(encode, "PART", 100)
+    with pytest.raises(UserError, match=r"train.jsonl:2: has 3,001 characters"):
+        run(config(tmp_path, [row(0), {"instruction": "q", "output": "x" * 3000}]))
+    text = "One line of it.\n" * 100 + "and words without a break " * 50 + "x" * 500
+    whole, parts = chat().encode(Example("f", 1, text=text)), encode.encode_one(chat(), Example("f", 1, text=text))
+    assert np.array_equal(whole.ids, parts.ids) and np.array_equal(whole.weights, parts.weights)
 
 
 def test_workers_give_what_one_process_gives(tmp_path):
