@@ -21,6 +21,7 @@ class Question(NamedTuple):
     ids: list[int]
     prompt: str
     expected: str | None
+    messages: tuple[Message, ...] = ()  # that were asked, where the row is a conversation
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def question(chat: Chat, example: Example) -> Question:
     if not asked:
         raise RowError("messages", "has nothing before the answer")
     content = messages[last].content if last < len(messages) else None
-    return Question(chat.prompt(asked, example.tools), readable(asked), content if isinstance(content, str) else None)
+    answer = content if isinstance(content, str) else None
+    return Question(chat.prompt(asked, example.tools), readable(asked), answer, asked)
 
 
 def readable(messages: Sequence[Message]) -> str:

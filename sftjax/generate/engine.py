@@ -29,6 +29,7 @@ from sftjax.weights import kinds
 
 CHUNK = 32  # tokens a row between two looks of the host
 PREFILL = 2048  # prompt tokens at a time over all rows: bounds the scores [B, N, C, S]
+WINDOW = 16  # batches of prompts that are sorted by length together
 AHEAD = 256  # room for the answer that a new cache has
 
 
@@ -64,7 +65,12 @@ class Engine:
         self.stop_ids = frozenset(int(i) for i in stop_ids)
         self.limit = max_length(model.config)
 
-    def generate(
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options: Any) -> list[Generated]:
+        """An answer for each prompt, in order; `options` as in `each`."""
+        out = dict(self.each(prompts, max_new_tokens=max_new_tokens, **options))
+        return [out[i] for i in range(len(prompts))]
+
+    def each(
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -74,24 +80,26 @@ class Engine:
         seed: int = 0,
         batch_size: int = 32,
         **sampling: Any,
-    ) -> list[Generated]:
-        """An answer for each prompt. `sampling` is what `sampling.choose` takes; greedy by default.
+    ) -> Iterator[tuple[int, Generated]]:
+        """(row, answer) as batches are done. `sampling` is what `sampling.choose` takes; greedy by default.
 
-        Raises UserError for a prompt that is empty or leaves no room within the model's positions.
+        Rows of like length go together, within WINDOW batches that follow each other in order. Raises UserError, before
+        the first answer, for a prompt that is empty or leaves no room within the model's positions.
         """
         if stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer to be found with")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: needs at least 1")
         self.check(prompts, max_new_tokens)
         chosen = choose(**sampling)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        count = -(-len(prompts) // batch_size)
-        out: dict[int, Generated] = {}
-        for batch in np.array_split(np.asarray(order, int), count) if count else ():  # even sizes share a program
-            rows = batch.tolist()
-            flight = Flight(self, [prompts[i] for i in rows], rows, max_new_tokens, chosen, seed)
-            writers = [Writer(tokenizer, stop_strings, prompts[i]) if tokenizer else None for i in rows]
-            out |= zip(rows, self._answers(flight, writers))
-        return [out[i] for i in range(len(prompts))]
+        for start in range(0, len(prompts), WINDOW * batch_size):
+            window = range(start, min(start + WINDOW * batch_size, len(prompts)))
+            order = sorted(window, key=lambda i: len(prompts[i]))
+            for batch in np.array_split(order, -(-len(order) // batch_size)):  # even sizes share a program
+                rows = batch.tolist()
+                flight = Flight(self, [prompts[i] for i in rows], rows, max_new_tokens, chosen, seed)
+                writers = [Writer(tokenizer, stop_strings, prompts[i]) if tokenizer else None for i in rows]
+                yield from zip(rows, self._answers(flight, writers))
 
     def _answers(self, flight: Flight, writers: list[Writer | None]) -> list[Generated]:
         ids: list[list[int]] = [[] for _ in writers]
