@@ -72,7 +72,7 @@ def make_step(
             (grads, total, count, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), parts))
 
         count_or_1 = jnp.maximum(count, 1e-9)  # a batch that counts nothing has zero gradients
-        norm = optax.global_norm(grads) / count_or_1
+        norm = optax.tree.norm(grads) / count_or_1
         scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-9)) if clip else 1.0
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
