@@ -1,0 +1,42 @@
+# make quickstart   the main job in under four minutes on two CPU cores, without a download beyond the packages
+# make test         every test
+# Both make .venv first, and only once. PYTHON may name another interpreter (3.11 to 3.13).
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+TORCH := torch==2.13.0
+
+.PHONY: setup quickstart test lint types clean
+
+setup: .venv/.installed
+
+quickstart: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed-test
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs/quickstart
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+# torch is only what the tests compare with: its small CPU build where that can be had, else the ordinary one
+.venv/.installed-test: .venv/.installed
+	$(PIP) --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) || $(PIP) $(TORCH)
+	$(PIP) -c constraints.txt -e ".[test]"
+	touch $@
