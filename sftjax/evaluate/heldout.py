@@ -1,4 +1,4 @@
-"""Held-out rows as questions: the model answers the last assistant turn, and the answer is compared with the row's.
+"""Held-out rows as questions: the model gives the answer that the row ends with, and the two are compared.
 
 Example -> question(ids, expected) -> Engine -> Answer -> summary, samples for the report
 """
@@ -38,20 +38,19 @@ class Answer:
 
 
 def question(chat: Chat, example: Example) -> Question:
-    """The row without its last answer. Raises RowError where it asks nothing."""
+    """The row without the answer it ends with. Raises RowError where it asks nothing."""
     if example.completion is not None:
         prompt, expected = example.completion
-        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected)
+        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected or None)
     if example.text is not None:
         return Question([*chat.start_ids, *chat.tokenise(example.text)[0]], example.text, None)
-    messages = example.messages or ()
-    last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=len(messages))
-    asked = messages[:last]
+    *asked, last = example.messages or ()
+    if last.role != "assistant":
+        asked.append(last)  # it ends with a question
     if not asked:
         raise RowError("messages", "has nothing before the answer")
-    content = messages[last].content if last < len(messages) else None
-    answer = content if isinstance(content, str) else None
-    return Question(chat.prompt(asked, example.tools), readable(asked), answer, asked)
+    answer = last.content if last.role == "assistant" and isinstance(last.content, str) else None
+    return Question(chat.prompt(asked, example.tools), readable(asked), answer, tuple(asked))
 
 
 def readable(messages: Sequence[Message]) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from sftjax.config import UserError, default
+from sftjax.config import UserError
 from sftjax.data.chat import Chat, as_dict
 from sftjax.data.example import Example, RowError
-from sftjax.data.formats import SHOWN, Rejected, read_examples
+from sftjax.data.formats import SHOWN, Rejected
 from sftjax.evaluate.heldout import Question, question
 from sftjax.generate.chat import open_engine
 from sftjax.generate.engine import Engine, Generated
+from sftjax.generate.questions import read_questions
 
 
 def run_generate(
@@ -31,7 +32,7 @@ def run_generate(
     force: bool = False,
     **options: Any,
 ) -> None:
-    """Answers `data`, any file that training reads, into `out`. `options` as in Engine.each.
+    """Answers `data`, a file of rows as training reads them or of mere questions, into `out`. `options` as in Engine.each.
 
     Raises UserError where `out` exists and not `force`, and for rows that cannot be asked, before the first answer.
     """
@@ -40,12 +41,10 @@ def run_generate(
         raise UserError(f"--out={out}: exists already; give --force to write over it")
     if not target.parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {target.parent}")
-    rows = list(read_examples(data, default().data))
+    engine, chat = open_engine(model, adapter)
+    rows = list(read_questions(data, template=bool(chat.template)))
     refuse([row for row in rows if isinstance(row, Rejected)])
     examples = [row for row in rows if isinstance(row, Example)]
-    if not examples:
-        raise UserError(f"--data={data}: has no rows")
-    engine, chat = open_engine(model, adapter)
     if not chat.template and any(example.messages for example in examples):
         hint = "a base model takes rows of prompt and completion, or text"
         raise UserError(f"--model={model}: has no chat template, and {data} has conversations; {hint}")
@@ -83,7 +82,8 @@ def refuse(rejected: Sequence[Rejected]) -> None:
     """Raises UserError with the first bad rows and their total, where there are any."""
     if rejected:
         shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
-        raise UserError(f"{len(rejected)} rows cannot be asked, the first of them:{shown}")
+        count = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
+        raise UserError(f"{count} cannot be asked{', the first of them' if len(rejected) > SHOWN else ''}:{shown}")
 
 
 def line(q: Question, answer: Generated) -> str:

@@ -1,0 +1,72 @@
+"""Held-out rows are asked without their last answer, and scored on it."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from sftjax.data.example import Example, Message
+from sftjax.evaluate import heldout
+from sftjax.evaluate.metrics import exact_match, macro_f1
+from sftjax.generate.chat import open_engine
+
+
+@pytest.fixture(scope="module")
+def opened(toy):
+    return open_engine(str(toy.base))
+
+
+def talk(*turns, **more):
+    return Example("f", 1, messages=tuple(Message(role, text) for role, text in turns), **more)
+
+
+def test_the_question_is_the_row_up_to_its_last_answer(opened):
+    _, chat = opened
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    q = heldout.question(chat, talk(*turns))
+    assert q.expected == "d" and q.prompt == "user: a\nassistant: b\nuser: c"
+    assert q.ids == chat.prompt([Message(*turn) for turn in turns[:3]])
+    assert heldout.question(chat, talk(*turns[:3])) == q._replace(expected=None)  # it ends with a question
+    whole = chat.encode(talk(*turns)).ids.tolist()
+    assert whole[: len(q.ids)] == q.ids  # what the model was trained to go on from
+    raw = heldout.question(chat, Example("f", 1, completion=("x", "y")))
+    assert (chat.tokenizer.decode(raw.ids), raw.prompt, raw.expected) == ("x", "x", "y")
+
+
+def test_answers_are_the_engines_and_compared_after_strip(opened):
+    engine, chat = opened
+    said = engine.generate([chat.prompt([Message("user", "hi")])], max_new_tokens=5, tokenizer=chat.tokenizer)[0]
+    examples = [
+        talk(("user", "hi"), ("assistant", f" {said.text}\n")),
+        talk(("user", "hi"), ("assistant", "something else")),
+        talk(("user", "hi")),  # nothing to compare with
+        Example("f", 1, text="plain"),
+        talk(("user", "x" * 200), ("assistant", "leaves no room")),
+    ]
+    right, wrong, long = heldout.answers(engine, chat, examples, max_new_tokens=5)
+    assert (right.exact, wrong.exact, long.exact) == (True, False, False)
+    assert right.text == wrong.text == said.text and right.tokens == len(said.ids) and not long.text
+    assert heldout.summary([right, wrong, long]) == {
+        "exact_match": 1 / 3,
+        "stop_rate": 2 * said.stopped / 3,
+        "empty": 1 / 3,
+        "mean_length": 2 * len(said.ids) / 3,
+    }
+    assert heldout.Answer(**json.loads(json.dumps(asdict(right)))) == right
+    (row,) = heldout.samples([wrong], [right])
+    assert row["exact_tuned"] and not row["exact_base"] and row["base"] == row["tuned"] == said.text
+
+
+def test_labels_add_macro_f1():
+    def answer(text, label):
+        return heldout.Answer("p", label, text, True, text == label, 1, label)
+
+    got = heldout.summary([answer("a", "a"), answer("a", "b"), answer("b", "b"), answer("neither", "a")])
+    assert got["exact_match"] == 0.5
+    assert got["macro_f1"] == pytest.approx((2 / 4 + 2 / 3) / 2)  # a: tp 1 fp 1 fn 1; b: tp 1 fn 1
+    assert heldout.summary([]) == {}
+
+
+def test_metrics():
+    assert exact_match(" 4\n", "4") and not exact_match("4.", "4")
+    assert macro_f1(["x", "y"], ["x", "y"]) == 1 and macro_f1(["y", "x"], ["x", "y"]) == 0

@@ -1,0 +1,180 @@
+"""Answers are what the whole forward says, token by token, however prompts are cut into batches, blocks and caches."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sftjax import sharding
+from sftjax.config import UserError
+from sftjax.data.batch import Batch
+from sftjax.generate import engine as module
+from sftjax.generate.engine import Engine, max_length
+from sftjax.hf.model import load
+from sftjax.models.config import Rope
+from sftjax.models.decoder import Decoder, forward
+from sftjax.weights.kinds import matmul
+from sftjax.weights.lora import lora
+from sftjax.weights.select import cut
+
+CONFIG = tiny.config(max_positions=128)
+PARAMS = tiny.params(CONFIG)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, CONFIG.vocab, n).tolist() for n in (3, 41, 1, 17, 8)]
+
+
+def assert_greedy(model, params, prompts, answers, slack=1e-4):
+    """Each token of each answer has the largest logit of one whole forward, within `slack`."""
+    T = 128
+    tokens, segments = np.zeros((2, len(prompts), T), np.int32)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        ids = [*p, *a.ids]
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    positions = np.broadcast_to(np.arange(T), tokens.shape)
+    hidden, head = jax.jit(forward(model))(params, Batch(tokens, None, segments, positions))
+    logits = np.asarray(matmul(hidden, head), np.float32)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        at = logits[row, len(p) - 1 : len(p) - 1 + len(a.ids)]
+        np.testing.assert_array_less(at.max(-1) - at[np.arange(len(a.ids)), a.ids], slack)
+
+
+SWITCHES = {
+    "plain": {},
+    "tied, biases": {"tied": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "qk_norm, one window": {"qk_norm": True, "windows": (7, 7, 7)},
+    "windows by layer": {"windows": (None, 5, 9), "kv_heads": 4},
+    "yarn": {"max_positions": 64, "rope": Rope(kind="yarn", factor=2, original_max_positions=64)},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_cached_decoding_equals_full_forward(name, monkeypatch):
+    monkeypatch.setattr(module, "PREFILL", 64)  # the longest prompt takes two blocks of 32 columns
+    monkeypatch.setattr(module, "AHEAD", 8)  # and the cache grows on the way
+    c = tiny.config(**{"max_positions": 128, **SWITCHES[name]})
+    model, params = Decoder(c), tiny.params(c)
+    answers = Engine(model, params).generate(PROMPTS, max_new_tokens=50)
+    assert [len(a.ids) for a in answers] == [50] * len(PROMPTS) and not any(a.stopped for a in answers)
+    assert_greedy(model, params, PROMPTS, answers)
+
+
+def test_dynamic_rope_within_its_trained_length():
+    c = tiny.config(max_positions=128, rope=Rope(kind="dynamic", factor=2))
+    params = tiny.params(c)
+    assert_greedy(Decoder(c), params, PROMPTS, Engine(Decoder(c), params).generate(PROMPTS, max_new_tokens=10))
+    assert max_length(c) == 256
+
+
+def test_lora_merged_or_applied_and_a_stack_cut_in_two():
+    params = lora(PARAMS, jax.random.key(0), rank=4)
+    params = jax.tree.map(lambda x: x + 0.05, params)  # b starts at zero
+    model = Decoder(CONFIG)
+    assert_greedy(model, params, PROMPTS, Engine(model, params).generate(PROMPTS, max_new_tokens=8))
+    half = Decoder(CONFIG, dtype=jnp.bfloat16)
+    assert_greedy(half, params, PROMPTS, Engine(half, params).generate(PROMPTS, max_new_tokens=8), slack=0.2)
+    lower = Decoder(CONFIG, lower=2)
+    assert_greedy(model, PARAMS, PROMPTS, Engine(lower, cut(PARAMS, 1)).generate(PROMPTS, max_new_tokens=8))
+
+
+def test_samples_come_from_seed_and_row_not_from_the_batch():
+    engine = Engine(Decoder(CONFIG), PARAMS)
+
+    def draw(**options):
+        return [a.ids for a in engine.generate(PROMPTS, max_new_tokens=12, temperature=1.0, top_p=0.95, **options)]
+
+    first = draw(seed=3)
+    assert draw(seed=3, batch_size=2) == first
+    assert draw(seed=4) != first
+    same = engine.generate([PROMPTS[0]] * 2, max_new_tokens=12, temperature=1.0)
+    assert same[0].ids != same[1].ids
+    assert list(engine.stream(PROMPTS[0], max_new_tokens=12, temperature=1.0, top_p=0.95, seed=3)) == first[0]
+
+
+def test_stop_ids_end_a_row_and_only_that_row():
+    free = Engine(Decoder(CONFIG), PARAMS).generate(PROMPTS, max_new_tokens=40)
+    stop = free[1].ids[20]
+    answers = Engine(Decoder(CONFIG), PARAMS, stop_ids=[stop]).generate(PROMPTS, max_new_tokens=40)
+    for whole, a in zip(free, answers):
+        assert a.ids == whole.ids[: whole.ids.index(stop) if stop in whole.ids else None]
+        assert a.stopped == (stop in whole.ids)
+
+
+class Letters:
+    """A tokenizer whose token i is two letters."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + i // 16) + chr(65 + i % 16) for i in ids)
+
+
+def test_stop_strings_are_cut_exactly_even_within_tokens():
+    engine, letters = Engine(Decoder(CONFIG), PARAMS), Letters()
+    free = engine.generate(PROMPTS, max_new_tokens=70, tokenizer=letters)
+    assert [a.text for a in free] == [letters.decode(a.ids) for a in free]
+    at = 2 * 39 + 1  # from the middle of a token of the second chunk
+    stop = free[1].text[at : at + 4]
+    answers = engine.generate(PROMPTS, max_new_tokens=70, tokenizer=letters, stop_strings=[stop])
+    assert any(a.stopped for a in answers)
+    for whole, a in zip(free, answers):
+        where = whole.text.find(stop)
+        assert a.stopped == (where >= 0)
+        assert a.text == (whole.text[:where] if a.stopped else whole.text)
+        assert a.ids == whole.ids[: where // 2 if a.stopped else None]
+
+
+def test_the_models_positions_are_the_end():
+    engine = Engine(Decoder(CONFIG), PARAMS)
+    short, full = engine.generate([[1], [1] * 120], max_new_tokens=1000)
+    assert (len(short.ids), len(full.ids), full.stopped) == (127, 8, False)
+    with pytest.raises(UserError, match="prompt 1 has 128 tokens"):
+        engine.generate([[1], [1] * 128], max_new_tokens=1)
+    with pytest.raises(UserError, match="empty"):
+        engine.generate([[]], max_new_tokens=1)
+    with pytest.raises(UserError, match="token 64"):
+        engine.generate([[64]], max_new_tokens=1)
+    assert engine.generate([], max_new_tokens=1) == []
+
+
+def test_a_like_request_compiles_nothing():
+    engine = Engine(Decoder(CONFIG), PARAMS)
+    engine.generate(PROMPTS, max_new_tokens=9, temperature=0.5)
+    programs = [fn._cache_size() for fn in (module._prefill, module._first, module._decode)]
+    other = Engine(Decoder(CONFIG), tiny.params(CONFIG, seed=1))
+    other.generate([p[1:] + p for p in PROMPTS if len(p) < 20] * 2, max_new_tokens=23, temperature=0.9, seed=5)
+    assert [fn._cache_size() for fn in (module._prefill, module._first, module._decode)] == programs
+
+
+def test_sharded_equals_single():
+    expected = Engine(Decoder(CONFIG), PARAMS).generate(PROMPTS, max_new_tokens=10)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
+        assert Engine(Decoder(CONFIG), params).generate(PROMPTS, max_new_tokens=10) == expected
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105"])
+def test_greedy_equals_transformers_on_real_checkpoints(shared, name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = shared / "data" / "hf_models"
+    model = load(folder / name)
+    golden = json.loads((folder / "golden.json").read_text())[name]
+    engine = Engine(model.module, model.params, stop_ids=[1, 2])
+    text = engine.generate([[1]], max_new_tokens=200, tokenizer=model.tokenizer)[0].text
+    assert len(text) > 150 and golden["greedy_from_bos"].startswith(text)
+
+    ids = model.tokenizer("Once upon a time, there was a small dog. It had a red ball and it ran")["input_ids"]
+    prompts = [ids[:n] for n in (1, 5, 12, len(ids))]
+    theirs = AutoModelForCausalLM.from_pretrained(folder / name)
+    torch.set_num_threads(1)
+    for penalty in (1.0, 1.2):
+        ours = engine.generate(prompts, max_new_tokens=60, repetition_penalty=penalty)
+        for prompt, answer in zip(prompts, ours):
+            whole = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=60, do_sample=False, repetition_penalty=penalty, eos_token_id=[1, 2]
+            )
+            expected = whole[0, len(prompt) :].tolist()
+            assert answer.ids == (expected[:-1] if answer.stopped else expected)
