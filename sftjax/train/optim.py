@@ -55,27 +55,26 @@ def optimizer(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformati
         case "adafactor":
             core = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay]
         case "muon":
-            return _muon(c, rate)
+            core = [_muon(c), decay]
     return optax.chain(*core, optax.scale_by_learning_rate(rate))
 
 
-def _muon(c: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on matrices (stacked layers are separate matrices), AdamW on the rest; updates scaled to Adam's size."""
+def _muon(c: ConfigDict) -> optax.GradientTransformation:
+    """Muon on the layers' matrices (stacked layers are separate matrices), Adam on the rest; updates of Adam's size.
+
+    optax's `muon` is given only the matrices: what it does with the rest is Nesterov's Adam, and decays norms and biases.
+    """
+
+    def label(path: str, w: Any) -> Any:
+        matrix = path.startswith(("layers/", "lower/")) and path.endswith("kernel")
+        return jax.tree.map(lambda _: "muon" if matrix else "adam", w)
 
     def matrices(trainable: Any) -> Any:
-        def leaf(path: str, w: Any) -> Any:
-            matrix = path.startswith("layers/") and path.endswith("kernel")
-            return jax.tree.map(lambda _: MuonDimensionNumbers(reduction_axis=-2, output_axis=-1) if matrix else None, w)
+        return jax.tree.map(lambda _: MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), trainable)
 
-        return tree.map_leaves(leaf, trainable)
-
-    return muon(
-        rate,
-        weight_decay=c.weight_decay,
-        weight_decay_mask=decays,
-        adam_b1=c.b1,
-        adam_b2=c.b2,
-        adam_weight_decay=c.weight_decay,
-        muon_weight_dimension_numbers=matrices,
-        consistent_rms=0.2,
-    )
+    transforms = {
+        # a rate of -1: the chain's own rate follows, with its sign
+        "muon": muon(-1.0, consistent_rms=0.2, muon_weight_dimension_numbers=matrices),
+        "adam": optax.scale_by_adam(c.b1, c.b2, c.eps),
+    }
+    return optax.partition(transforms, lambda trainable: tree.map_leaves(label, trainable))
