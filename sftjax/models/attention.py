@@ -9,6 +9,7 @@ work. The backward pass recomputes the probabilities of a chunk from the saved l
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -17,6 +18,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from sftjax import sharding
+from sftjax.config import UserError
 
 FAR = 2**30  # a window that sees everything
 MASKED = -1e30  # finite, so that a fully masked row gives a uniform mean and never nan
@@ -32,6 +34,11 @@ def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Ar
     mesh = sharding.mesh_in_use()
     if mesh is None:
         return fn(q, k, v, segments, window)
+    if k.shape[2] % mesh.shape[sharding.HEADS]:  # the kernels' columns may divide where heads do not
+        raise UserError(
+            f"mesh.tensor={mesh.shape[sharding.HEADS]} does not divide the model's {k.shape[2]} key-value heads; "
+            f"use --config.mesh.tensor={math.gcd(k.shape[2], mesh.shape[sharding.HEADS])}"
+        )
     # each device loops over its own rows and heads: a loop over a sharded axis would gather it
     heads = P(sharding.BATCH, None, sharding.HEADS, None)
     return jax.shard_map(
