@@ -1,0 +1,76 @@
+"""Attention in chunks equals the whole softmax, forward and backward, for any segments and windows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sftjax.models.attention import FAR, attention
+
+
+def naive(q, k, v, segments, *, window=None, scale):
+    """The definition, with its [B, N, T, T] scores."""
+    T, groups = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    behind = jnp.arange(T)[:, None] - jnp.arange(T)
+    seen = (behind >= 0) & (behind < (FAR if window is None else window))
+    seen = seen & (segments[:, :, None] == segments[:, None, :])
+    probs = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1)
+    return jnp.einsum("bnts,bsnh->btnh", probs, v)
+
+
+def inputs(T, B=2, N=4, K=2, H=6, seed=0):
+    """q, k, v, segments (padding at both ends, cuts anywhere) and a cotangent."""
+    rng = np.random.default_rng(seed)
+    q, k, v, do = (rng.standard_normal((B, T, n, H), np.float32) for n in (N, K, K, N))
+    segments = 1 + np.cumsum(rng.random((B, T)) < 3 / T, 1)
+    segments[0, : T // 9] = 0
+    segments[-1, T - T // 7 :] = 0
+    return tuple(map(jnp.asarray, (q, k, v, segments.astype(np.int32), do)))
+
+
+def both(fn, q, k, v, segments, do, window=None):
+    """The output and the gradients of q, k and v."""
+
+    @jax.jit
+    def run(q, k, v, segments, do):
+        o, pull = jax.vjp(lambda q, k, v: fn(q, k, v, segments, window=window, scale=0.4), q, k, v)
+        return o, *pull(do)
+
+    return run(q, k, v, segments, do)
+
+
+# shorter than a chunk, a chunk, several with a rest; windows smaller and larger than a chunk; more than sixteen blocks of 128
+@pytest.mark.parametrize("T, window", [(1, None), (70, 5), (128, None), (300, None), (300, 50), (300, 200), (2100, None)])
+def test_output_and_gradients_equal_the_definition(T, window):
+    x = inputs(T) if T < 2048 else inputs(T, B=1, N=2, K=1, H=4)
+    for ours, exact in zip(both(attention, *x, window=window), both(naive, *x, window=window)):
+        np.testing.assert_allclose(ours, exact, atol=2e-5)
+
+
+def test_a_traced_window_is_the_same_window():
+    x = inputs(200)
+    run = jax.jit(lambda window: both(attention, *x, window=window))  # one program for all windows, as in a scan over layers
+    for window in (1, 60, FAR):
+        for ours, exact in zip(run(jnp.asarray(window)), both(naive, *x, window=window)):
+            np.testing.assert_allclose(ours, exact, atol=2e-5)
+
+
+def test_vmapped_on_accelerators_equals_mapped_on_cpu(monkeypatch):
+    x = inputs(150)
+    mapped = both(attention, *x, window=40)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "while" not in jax.jit(partial(attention, scale=0.4)).lower(*x[:4]).as_text()  # it is the other path
+    for a, b in zip(both(attention, *x, window=40), mapped):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_is_close_and_stays_bfloat16():
+    x = inputs(150)
+    half = [y if y.dtype == jnp.int32 else y.astype(jnp.bfloat16) for y in x]
+    for ours, exact in zip(both(attention, *half), both(naive, *x)):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(np.float32), exact, atol=0.03 * np.abs(exact).max())

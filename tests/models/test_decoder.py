@@ -1,0 +1,201 @@
+"""The decoder says what transformers says, and says it however it is padded, packed, scanned, recomputed, cut or cached."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_trees_close, batch, config, params, pieces
+
+from sftjax.data.batch import Batch
+from sftjax.hf.load import load_config, load_params
+from sftjax.losses import masked_xent
+from sftjax.models.config import Rope
+from sftjax.models.decoder import Decoder, forward, init_cache
+from sftjax.weights import select
+from sftjax.weights.kinds import matmul
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True}
+
+CASES = {
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied-mqa-linear": (
+        "llama",
+        {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "llama-dynamic": ("llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    "llama-yarn-mha": ("llama", {"rope_parameters": YARN, "num_key_value_heads": 4}),
+    "llama-yarn-mscale": ("llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}}),
+    "mistral-window": ("mistral", {"sliding_window": 20}),
+    "mistral-gelu-yarn": (
+        "mistral",
+        {"sliding_window": None, "hidden_act": "gelu", "rope_parameters": YARN | {"attention_factor": 1.3}},
+    ),
+    "qwen2-upper-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "head_dim": 10}),
+    "qwen2-layer-types": ("qwen2", MIXED | {"sliding_window": 130, "head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3-biases-windows": ("qwen3", MIXED | {"sliding_window": 20, "attention_bias": True}),
+}
+T = 160
+ROWS = [[160], [100], [-70, 90], [70, 41, 49]]  # full, right-padded, left-padded, packed
+
+
+def transformers_model(family, changes):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    changes = dict(changes)
+    scaling = {"rope_theta": 10_000.0} | changes.pop("rope_parameters", {"rope_type": "default"})
+    hf_config = transformers.CONFIG_MAPPING[family](**SHAPE | changes, rope_parameters=scaling)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms are ones and biases zeros otherwise
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def alone(model, b):
+    """transformers' logits of every segment in a sequence of its own: [(row, where, [n, V])]."""
+    import torch
+
+    out = []
+    # shortest first: transformers' dynamic rope remembers the longest sequence it has seen
+    for row, where in sorted(pieces(b), key=lambda p: p[1].stop - p[1].start):
+        with torch.no_grad():
+            ids = torch.tensor(np.asarray(b.tokens)[row, where])[None]
+            out.append((row, where, model(input_ids=ids).logits[0].numpy()))
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers_padded_and_packed(name, tmp_path):
+    family, changes = CASES[name]
+    model = transformers_model(family, changes)
+    model.save_pretrained(tmp_path)
+    c = load_config(tmp_path)
+    b = batch(ROWS, T, vocab=c.vocab)
+    ours = np.asarray(jax.jit(lambda p: matmul(*forward(Decoder(c))(p, b)))(load_params(tmp_path, c)))
+    for row, where, theirs in alone(model, b):
+        error = np.abs(ours[row, where] - theirs).max() / np.abs(theirs).max()
+        assert error < 1e-4, f"row {row}, tokens {where.start}:{where.stop}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105"])
+def test_real_checkpoints_give_their_golden_logits(name, shared):
+    folder = shared / "data" / "hf_models"
+    golden = json.loads((folder / "golden.json").read_text())[name]
+    c = load_config(folder / name)
+    ids = jnp.asarray([golden["prompt_ids"]], jnp.int32)
+    ones, positions = jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]
+    last = matmul(*forward(Decoder(c))(load_params(folder / name, c), Batch(ids, ones, ones, positions)))[0, -1]
+    np.testing.assert_allclose(last[:8], golden["last_logits_first8"], rtol=1e-4, atol=1e-4)
+    assert int(last.argmax()) == golden["last_argmax"]
+
+
+# -- one model computed in many ways: grouped heads, q/k norms, biases, and windows that differ from layer to layer
+
+MIX = config(qk_norm=True, qkv_bias=True, o_bias=True, mlp_bias=True, windows=(9, None, 9))
+PACKED = batch([[20, 15], [-7, 30], [5, 9, 16]], 40)
+
+
+def value_and_grad(model, p):
+    loss = masked_xent(forward(model))
+    return jax.jit(jax.value_and_grad(lambda p: loss(p, PACKED, None)[0]))(p)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    p = params(MIX)
+    return p, *value_and_grad(Decoder(MIX), p)
+
+
+@pytest.mark.parametrize("options", [{"scan": False}, {"remat": "dots"}, {"remat": "full", "scan": False}], ids=str)
+def test_unrolled_and_rematerialised_change_nothing(options, reference):
+    p, loss, grads = reference
+    again, grads_again = value_and_grad(Decoder(MIX, **options), p)
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(grads_again, grads)
+
+
+def test_rematerialisation_saves_less(reference):
+    p, *_ = reference
+
+    def saved(remat):
+        loss = masked_xent(forward(Decoder(MIX, remat=remat)))
+        _, pull = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, PACKED, None)[0], p), p)
+        return sum(x.size for x in jax.tree.leaves(pull))
+
+    assert saved("none") > saved("dots") > saved("full")
+
+
+def test_a_stack_cut_in_two_is_the_same_model(reference):
+    p, loss, grads = reference
+    cut = select.cut(p, 1)
+    assert cut["lower"]["attn"]["q"]["kernel"].shape[0] == 2
+    again, grads_again = value_and_grad(Decoder(MIX, lower=2), cut)
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    assert_trees_close(select.uncut(grads_again), grads)
+    jax.tree.map(np.testing.assert_array_equal, select.uncut(cut), p)
+    assert select.uncut(p) is p and select.cut(p, 3) is p
+
+
+def test_nothing_flows_backward_in_time_nor_between_segments(reference):
+    p, *_ = reference
+    run = jax.jit(lambda tokens: forward(Decoder(MIX))(p, PACKED._replace(tokens=tokens)).hidden)
+    before, real = np.asarray(run(PACKED.tokens)), np.asarray(PACKED.segments) > 0
+    # to the end of the token's own segment, which two windowed layers and a full one reach; padding reaches nothing
+    for row, t, end in [(0, 11, 20), (0, 20, 35), (1, 3, 3), (1, 25, 37), (2, 6, 14), (2, 35, 40)]:
+        after = np.asarray(run(PACKED.tokens.at[row, t].add(1)))
+        reached = np.zeros_like(real)
+        reached[row, t:end] = True
+        np.testing.assert_array_equal((before != after).any(-1) & real, reached)
+
+
+def test_compute_dtype_is_that_of_the_hidden_states(reference):
+    p, *_ = reference
+    exact = forward(Decoder(MIX))(p, PACKED).hidden
+    half = forward(Decoder(MIX, jnp.bfloat16))(p, PACKED).hidden
+    assert half.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
+    kept = np.asarray(PACKED.segments) > 0
+    assert np.abs(half.astype(np.float32) - exact)[kept].mean() < 0.03 * np.abs(exact)[kept].mean()
+
+
+@pytest.mark.parametrize(
+    "c", [MIX, config(windows=(6, 6, 6), rope=Rope(kind="llama3", factor=4.0, original_max_positions=8)), config(tied=True)]
+)
+def test_cached_decoding_equals_full(c):
+    p, model, lengths, T, S = params(c), Decoder(c), np.array([9, 4]), 16, 20
+    b = batch([[T], [T]], T)
+    full = np.asarray(jax.jit(lambda: forward(model)(p, b).hidden)())
+
+    @jax.jit
+    def run(tokens, positions, cache):
+        return model.apply({"params": p}, tokens, jnp.ones_like(tokens), positions, cache)
+
+    # the prompts, right-padded: what the shorter writes past its end is overwritten before it is seen
+    hidden, cache = run(b.tokens[:, :9], b.positions[:, :9], init_cache(c, 2, S, jnp.float32))
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :n], full[row, :n], atol=1e-5)
+    for step in range(6):
+        at = jnp.asarray(lengths + step)[:, None]
+        hidden, cache = run(jnp.take_along_axis(b.tokens, at, 1), at, cache)
+        for row, t in enumerate(lengths + step):
+            np.testing.assert_allclose(hidden[row, 0], full[row, t], atol=1e-5)
