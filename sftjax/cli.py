@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from typing import Any, NoReturn
 
@@ -142,7 +143,8 @@ def preview(args: argparse.Namespace) -> None:
     from sftjax.data.preview import preview
 
     preview(load_config(args), Console(), rows=args.rows)
-    print(f"\nnext: sftjax train --config={args.config} --workdir=runs/mine")
+    same = " ".join(shlex.quote(f"--config.{item}") for item in args.overrides)
+    print(f"\nnext: sftjax train --config={args.config} {same} --workdir=runs/mine")
 
 
 def train(args: argparse.Namespace) -> None:
