@@ -7,8 +7,8 @@
 The second needs runs/quickstart/base (the first makes it), the third only the conversations:
 python examples/quickstart/make_data.py.
 
-Two CPU cores: about half a minute of training; of 100 held-out conversations the base answers none word for word, the
-tuned model over 95.
+Two CPU cores: about half a minute of training. The eval loss goes from 4.06 to 0.06; of 100 held-out conversations the
+base answers none word for word, the tuned model 98.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
 
     c.train.steps = 300
     c.train.batch_size = 4
+    c.train.log_every = 50
     c.train.eval_every = 150
     c.eval.generate = 100
     c.eval.max_new_tokens = 48
