@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, without a network, with compiled programs kept from one run to the next."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers of pytest-xdist are parallel enough
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "sftjax" / "tests-xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode does not let tests import what they share
+pytest_plugins = ["toy"]
 
 
 @pytest.fixture(scope="session")

@@ -102,24 +102,25 @@ def restore(
     trainable, frozen = tree.split(params, mask)
     like = init_state(trainable, optim.optimizer(config.optim, lambda _: 0.0))
     with Checkpoints(workdir / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"--workdir={workdir}: the run has saved no checkpoint yet")
-        newest = checkpoints.restore(like)
-        if checkpoint == "last":
-            got = newest
-        elif checkpoint == "best":
-            best = newest.extras["best"] if newest else None
-            if not best:
-                raise UserError("--checkpoint=best: the run was never evaluated; use --checkpoint=last")
-            got = checkpoints.restore(like, int(best["step"]))
-        elif checkpoint.isdecimal() and int(checkpoint) in steps:
-            got = checkpoints.restore(like, int(checkpoint))
-        else:
-            raise UserError(f"--checkpoint={checkpoint}: needs last, best or one of {', '.join(map(str, steps))}")
+        got = checkpoints.restore(like, chosen(checkpoints, checkpoint))
     if got is None:
-        raise UserError(f"--workdir={workdir}: none of its checkpoints can be read")
+        raise UserError(f"--workdir={workdir}: the run has saved no checkpoint yet")
     return tree.join(got.state.trainable, frozen), got.step
+
+
+def chosen(checkpoints: Checkpoints, checkpoint: str) -> int | None:
+    """The step that `checkpoint` names; None for the last."""
+    steps = checkpoints.steps()
+    if checkpoint == "last" or not steps:
+        return None
+    if checkpoint == "best":
+        best = (checkpoints.extras() or {})["best"]
+        if not best:
+            raise UserError("--checkpoint=best: the run was never evaluated; use --checkpoint=last")
+        return int(best["step"])
+    if checkpoint.isdecimal() and int(checkpoint) in steps:
+        return int(checkpoint)
+    raise UserError(f"--checkpoint={checkpoint}: needs last, best or one of {', '.join(map(str, steps))}")
 
 
 def probe_rows(base: Base, vocab: int) -> list[list[int]]:

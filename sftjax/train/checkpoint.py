@@ -6,14 +6,19 @@ directory and renames it, so a checkpoint is whole or absent; the last `keep` st
 
 from __future__ import annotations
 
+import errno
+import gc
 import logging
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as managers
 
 from sftjax.config import UserError
 
@@ -24,20 +29,27 @@ class Restored(NamedTuple):
     extras: dict[str, Any]
 
 
+@dataclass
+class LastAndBest:
+    """Which checkpoints stay: the newest `keep`, at least one, and the one of step `best`."""
+
+    keep: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        newest = checkpoints[-max(self.keep, 1) :]
+        return [c in newest or c.step == self.best for c in checkpoints]
+
+
 class Checkpoints:
-    """`with Checkpoints(dir, keep=2) as c: c.save(step, state, extras, loss=1.2); c.restore(like)`."""
+    """`with Checkpoints(dir, keep=2) as c: c.save(step, state, extras, best=10); c.restore(like)`."""
 
     def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = print):
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file it writes
         self.directory, self.say = directory, say
-        policy = managers.AnyPreservationPolicy(
-            [
-                managers.LatestN(keep),
-                managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
+        self.kept = LastAndBest(keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=self.kept, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
         self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -45,16 +57,24 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.manager.close()
+        with self._full_disk():
+            self.manager.close()
 
     def steps(self) -> list[int]:
+        """Of the checkpoints that are whole on disk, in order."""
+        self.manager.reload()  # it counts one whose writing failed, until told to look
         return sorted(self.manager.all_steps())
 
-    def save(self, step: int, state: Any, extras: dict[str, Any], loss: float | None = None) -> None:
-        """Starts writing; raises UserError where an earlier write, or this one's start, found the disk full."""
+    def save(self, step: int, state: Any, extras: dict[str, Any], best: int | None = None) -> None:
+        """Starts writing; `best` is the step whose checkpoint stays however old it gets.
+
+        `extras` is written later: it must not change. Raises UserError where an earlier write, or this one's start, found
+        the disk full.
+        """
         items = ocp.args.Composite(state=ocp.args.StandardSave(named(state)), extras=ocp.args.JsonSave(extras))
+        self.kept.best = best
         with self._full_disk():
-            self.manager.save(step, args=items, metrics=None if loss is None else {"loss": loss}, force=True)
+            self.manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Until everything started is on disk."""
@@ -62,20 +82,38 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def restore(self, like: Any, step: int | None = None) -> Restored | None:
-        """The state at `step`, or the newest that can be read, shaped and placed like `like`; None where there is none."""
+        """The state at `step`, or the newest that can be read, shaped and placed like `like`; None where there is none.
+
+        Raises UserError where there are checkpoints and none can be read.
+        """
         names, structure = list(named(like)), jax.tree_util.tree_structure(like)
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, named(like))
-        for candidate in [step] if step is not None else reversed(self.steps()):
-            try:
-                items = self.manager.restore(
-                    candidate, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), extras=ocp.args.JsonRestore())
-                )
-            except (ValueError, OSError, KeyError) as e:
-                if step is not None:
-                    raise UserError(f"{self.directory / str(step)}: this checkpoint cannot be read ({first_line(e)})") from e
-                self.say(f"checkpoint {candidate} cannot be read ({first_line(e)}); going back to the one before")
-                continue
-            return Restored(candidate, jax.tree.unflatten(structure, [items.state[name] for name in names]), items.extras)
+        target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, named(like)))
+        found = self._read(step, state=target, extras=ocp.args.JsonRestore())
+        if found is None:
+            return None
+        step, items = found
+        return Restored(step, jax.tree.unflatten(structure, [items.state[name] for name in names]), items.extras)
+
+    def extras(self) -> dict[str, Any] | None:
+        """Those of the newest checkpoint that can be read."""
+        found = self._read(None, extras=ocp.args.JsonRestore())
+        return found[1].extras if found else None
+
+    def _read(self, step: int | None, **items: Any) -> tuple[int, Any] | None:
+        steps = self.steps() if step is None else [step]
+        for candidate in reversed(steps):
+            with hushed():
+                try:
+                    return candidate, self.manager.restore(candidate, args=ocp.args.Composite(**items))
+                except (ValueError, OSError, KeyError) as e:
+                    reason = first_line(e)
+                gc.collect()
+            if step is None and candidate != steps[0]:
+                self.say(f"checkpoint {candidate} cannot be read ({reason}); going back to the one before")
+        if step is not None:
+            raise UserError(f"{self.directory / str(step)}: this checkpoint cannot be read ({reason})")
+        if steps:
+            raise UserError(f"{self.directory}: none of its checkpoints can be read ({reason}); delete them to start anew")
         return None
 
     def forget_after(self, step: int) -> None:
@@ -83,29 +121,39 @@ class Checkpoints:
         for later in [s for s in self.steps() if s > step]:
             self.manager.delete(later)
 
-    def _full_disk(self) -> _FullDisk:
-        return _FullDisk(self)
+    @contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        """Says the several ways in which a full disk shows in one sentence that names the last good checkpoint."""
+        try:
+            yield
+        except Exception as e:
+            if not any(says_full(seen) for seen in causes(e)):
+                raise
+            steps = self.steps()
+            kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint was written yet"
+            raise UserError(f"{self.directory}: the disk is full; {kept}: free some space and run the same command again") from e
 
 
-class _FullDisk:
-    """Turns the several ways in which a full disk shows into one sentence that names the last good checkpoint."""
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Where reading fails orbax leaves its other reads unfinished; Python would print pages about each when it is collected."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine was never awaited"
+            yield
+    finally:
+        sys.unraisablehook = before
 
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
 
-    def __enter__(self) -> None:
-        return None
+def causes(e: BaseException | None) -> Iterator[BaseException]:
+    while e is not None:
+        yield e
+        e = e.__cause__ or e.__context__
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        seen = error
-        while seen is not None:
-            if "No space left" in str(seen) or "RESOURCE_EXHAUSTED" in str(seen) or getattr(seen, "errno", None) == 28:
-                steps = self.checkpoints.steps()
-                kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint was written yet"
-                raise UserError(
-                    f"{self.checkpoints.directory}: the disk is full; {kept}: free some space and run the same command again"
-                ) from error
-            seen = seen.__cause__ or seen.__context__
+
+def says_full(e: BaseException) -> bool:
+    return getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e) or "quota exceeded" in str(e)
 
 
 def named(state: Any) -> dict[str, Any]:

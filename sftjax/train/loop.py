@@ -7,6 +7,7 @@ the device only where metrics are read, one step late.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from sftjax.data.stream import Stream, prefetch
 from sftjax.losses.tokens import Loss
 from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
-from sftjax.train.meter import Meter, Tally
+from sftjax.train.meter import WARM, Meter, Tally
 from sftjax.train.progress import Progress
 from sftjax.train.run import Run
 from sftjax.train.step import State, init_state, make_step
@@ -70,8 +71,10 @@ def fit(
         meter = Meter(
             run, progress, tally, rate=rate, epoch=stream.epoch, flops_per_token=flops_per_token, max_bad_steps=c.max_bad_steps
         )
-        step = start
         for step, batch in prefetch(stream, start, total):
+            if tally.stale_for(c.patience):
+                progress.say(f"step {step}: no better for {tally.stale} evaluations, stopping early")
+                break
             batch = to_devices(batch, mesh)
             if compiled is None:
                 began = time.perf_counter()
@@ -81,28 +84,32 @@ def fit(
             state, metrics = compiled(state, frozen, batch)  # compiled once: a batch of another shape would be an error
             step += 1
             meter.add(step, metrics)
-            last, evaluates = step == total, step == total or bool(eval_every and step % eval_every == 0)
-            if step - start <= 2 or step % c.log_every == 0:
-                meter.read(step if step - start <= 2 else step - 1)
-            saves, evaluation_loss = last or bool(asked) or bool(save_every and step % save_every == 0), None
+            if step - start <= WARM:
+                meter.read(step)
+            elif step % c.log_every == 0:
+                meter.read(step - 1)
+            evaluates = step == total or due(step, eval_every)
+            saves = step == total or due(step, save_every) or bool(asked)
             if evaluates:
                 meter.read(step)
                 saves |= tally.evaluated(step, evaluate(state.trainable))
                 report(run, progress, step, tally.evaluation)
-                evaluation_loss = tally.evaluation.get("loss") if tally.evaluation else None
-            enough = 0 < c.patience <= tally.stale
-            if saves or enough:
+            saves |= tally.stale_for(c.patience)
+            if saves:
                 meter.read(step)
-                checkpoints.save(step, state, vars(tally), loss=evaluation_loss)
+                checkpoints.save(step, state, dataclasses.asdict(tally), best=int(tally.best["step"]) if tally.best else None)
+            if evaluates or saves:
                 meter.start()
-            if enough:
-                progress.say(f"step {step}: no better for {tally.stale} evaluations, stopping early")
-                break
-            if asked and not last:
+            if asked and step < total:
                 checkpoints.wait()
                 raise Stopped(f"stopped at step {step} of {total} and saved; run the same command again to go on", asked.signum)
         checkpoints.wait()
     return state, tally, meter.steady
+
+
+def due(step: int, every: int) -> bool:
+    """At every `every`-th step; never where it is 0."""
+    return bool(every) and step % every == 0
 
 
 def evaluator(loss: Loss, frozen: Any, batches: Callable[[], Iterable[Batch]], mesh: Mesh) -> Callable[[Any], dict[str, float]]:

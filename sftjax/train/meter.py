@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,13 +31,20 @@ class Tally:
     compile_s: float = 0.0
 
     def evaluated(self, step: int, evaluation: dict[str, float]) -> bool:
-        """Notes an evaluation; True where it is the best so far."""
+        """Notes an evaluation; True where it is the best so far. One that is empty, nothing being held out, is none."""
         self.evaluation = evaluation
-        better = bool(evaluation) and (self.best is None or evaluation["loss"] < self.best["loss"])
+        if not evaluation:
+            return False
+        best = math.inf if self.best is None else self.best["loss"]
+        better = evaluation["loss"] < best  # never where it is nan
         if better:
             self.best = {"step": step, "loss": evaluation["loss"]}
         self.stale = 0 if better else self.stale + 1
         return better
+
+    def stale_for(self, evaluations: int) -> bool:
+        """Whether that many evaluations, or more, were no better than the best; never where it is 0."""
+        return 0 < evaluations <= self.stale
 
 
 class Meter:
