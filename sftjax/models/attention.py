@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,29 @@ def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Ar
     )(q, k, v, segments, window)
 
 
-def cached_attention(q: Array, k: Array, v: Array, positions: Array, *, window: int | Array | None, scale: float) -> Array:
-    """q [B, T, N, H] at positions [B, T] against a cache k [B, K, H, S], v [B, K, S, H] whose slot s holds position s."""
+def cached_attention(
+    q: Array, k: Array, v: Array, layer: Any, positions: Array, *, window: int | Array | None, scale: float
+) -> Array:
+    """q [B, T, N, H] at positions [B, T] against one layer of a cache k [L, B, K, H, S], v [L, B, K, S, H].
+
+    Slot s holds position s; what lies beyond a query's position is not seen.
+    """
+    S = v.shape[3]
+
+    def attend(n: int) -> Array:
+        return _cached(q, k[layer, ..., :n], v[layer, ..., :n, :], positions, window, scale)
+
+    if jax.default_backend() != "cpu" or S < 128:
+        return attend(S)
+    # CPU: a layer's slots are copied before their product, so only as many as are filled; elsewhere a branch costs more
+    furthest = positions.max()
+    return jax.lax.switch(
+        (furthest >= S // 4).astype(int) + (furthest >= S // 2), [partial(attend, n) for n in (S // 4, S // 2, S)]
+    )
+
+
+def _cached(q: Array, k: Array, v: Array, positions: Array, window: int | Array | None, scale: float) -> Array:
+    """k [B, K, H, S], v [B, K, S, H]."""
     B, T, N, H = q.shape
     K, S = v.shape[1:3]
     G = N // K

@@ -86,7 +86,7 @@ class Attention(nn.Module):
             y = attention.attention(q, k, v, segments, window=window, scale=c.head_dim**-0.5)
         else:
             cache = cache.write(layer, positions, k, v)
-            y = attention.cached_attention(q, cache.k[layer], cache.v[layer], positions, window=window, scale=c.head_dim**-0.5)
+            y = attention.cached_attention(q, *cache, layer, positions, window=window, scale=c.head_dim**-0.5)
         return Dense(c.width, c.o_bias, c.init_std, name="o")(y.reshape(B, T, -1)), cache
 
 
