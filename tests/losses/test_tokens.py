@@ -85,12 +85,13 @@ def test_equals_torch():
 
 
 def test_a_token_counts_its_weight_and_is_predicted_within_its_segment():
-    targets, weights = map(np.asarray, tokens.shift(BATCH))
+    b = BATCH._replace(weights=BATCH.weights + 0.5)  # on first tokens and padding too, where it must not count
+    targets, weights = map(np.asarray, tokens.shift(b))
     for row, t in np.ndindex(4, 20):
-        inside = t < 19 and BATCH.segments[row, t] == BATCH.segments[row, t + 1] > 0
-        assert weights[row, t] == (BATCH.weights[row, t + 1] if inside else 0)
-        assert not inside or targets[row, t] == BATCH.tokens[row, t + 1]
-    assert {0.5, 1.0} <= set(weights.flatten())
+        inside = t < 19 and b.segments[row, t] == b.segments[row, t + 1] > 0
+        assert weights[row, t] == (b.weights[row, t + 1] if inside else 0)
+        assert not inside or targets[row, t] == b.tokens[row, t + 1]
+    assert {0.0, 0.5, 1.0, 1.5} == set(weights.flatten())
     doubled = BATCH._replace(weights=BATCH.weights * 2)
     once, twice = ours("head")((HIDDEN, HEADS["head"])), ours("head", doubled)((HIDDEN, HEADS["head"]))
     np.testing.assert_allclose([2 * once[0], 2 * once[1]], twice[:2], rtol=1e-6)
@@ -98,15 +99,12 @@ def test_a_token_counts_its_weight_and_is_predicted_within_its_segment():
 
 def test_a_frozen_head_costs_no_gradient():
     """Logits and d/dhidden are two products of tokens x D x V; with the head's gradient they are three."""
-    hidden, head = random(4, 20, 128), random(128, 512)
 
-    def flops(argnums):
+    def products(argnums):
         run = jax.grad(lambda h, w: ours("head")((h, w))[0], argnums)
-        return jax.jit(run).lower(hidden, head).compile().cost_analysis()["flops"]
+        return str(jax.make_jaxpr(run)(HIDDEN, HEADS["head"])).count("dot_general")
 
-    product = 2 * 80 * 128 * 512
-    assert 1.9 * product < flops((0,)) < 2.6 * product
-    assert flops((0, 1)) > 2.9 * product
+    assert (products((0,)), products((0, 1))) == (2, 3)
 
 
 def test_no_array_of_whole_logits(monkeypatch):

@@ -123,7 +123,7 @@ def test_real_checkpoints_give_their_golden_numbers(name, nll, stories, shared):
 
 # -- one model computed in many ways: grouped heads, q/k norms, biases, and windows that differ from layer to layer
 
-MIX = config(qk_norm=True, qkv_bias=True, o_bias=True, mlp_bias=True, windows=(9, None, 9))
+MIX = config(qk_norm=True, qkv_bias=True, o_bias=True, mlp_bias=True, windows=(9, None, 5))
 PACKED = batch([[20, 15], [-7, 30], [5, 9, 16]], 40)
 
 
