@@ -71,6 +71,7 @@ def default() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adam | sgd | lion | adafactor | muon
     c.optim.lr = 2e-4
+    c.optim.lr_width = None  # the width that lr is meant for: width D trains with lr * lr_width / D (arXiv:2203.03466)
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8

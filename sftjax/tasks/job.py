@@ -120,7 +120,7 @@ class Job:
         with jax.set_mesh(self.mesh), Progress(self.stream.steps_total, log_every=self.config.train.log_every) as progress:
             state, tally, self.steady = loop.fit(
                 self.run,
-                self.config,
+                self.with_scaled_rate(),
                 self.trainable,
                 self.frozen,
                 loss=loss,
@@ -135,6 +135,16 @@ class Job:
         self.skipped = int(state.skipped)
         self.steps = int(state.step)
         return tree.join(state.trainable, self.frozen), tally
+
+    def with_scaled_rate(self) -> ConfigDict:
+        """The config with optim.lr as it is for the model's width."""
+        c, width = self.config.optim, self.decoder.config.width
+        if c.lr_width is None or c.lr_width == width:
+            return self.config
+        scaled = self.config.copy_and_resolve_references()
+        scaled.optim.lr = c.lr * c.lr_width / width
+        self.say(f"learning rate {scaled.optim.lr:.2g}: {c.lr:g} is for a width of {c.lr_width}, the model's is {width}")
+        return scaled
 
     def eval_batches(self) -> Iterable[Batch]:
         c = self.config
