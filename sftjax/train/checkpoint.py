@@ -45,7 +45,7 @@ class Checkpoints:
     """`with Checkpoints(dir, keep=2) as c: c.save(step, state, extras, best=10); c.restore(like)`."""
 
     def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = print):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every file it writes
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every file, and of every error that it raises too
         self.directory, self.say = directory, say
         self.kept = LastAndBest(keep)
         options = ocp.CheckpointManagerOptions(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -142,6 +143,32 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(train, whole, half, tmp_pa
     assert "checkpoint 6 cannot be read" in said
     assert "resuming after step 4 of 12" in said
     assert not differences(whole, left_by(workdir))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 400 kB that can grow; only root can make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on(toy, train, whole, tmp_path, small_disk):
+    argv = toy.argv(small_disk / "run", SETTINGS | {"train.keep": 20})
+    code, said = worlds.live(argv, tmp_path / "log")
+    kept = steps(small_disk / "run")
+    assert code == 1, said
+    assert said.splitlines()[-1].endswith(
+        f"the disk is full; the checkpoint of step {kept[-1]} is whole: free some space and run the same command again"
+    )
+    assert "Traceback" not in said
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    train(small_disk / "run", **{"train.keep": 20})
+    assert differences(whole, left_by(small_disk / "run")) == ["steps"]
 
 
 def test_a_leftover_temporary_checkpoint_is_no_checkpoint(train, whole, half, tmp_path, capfd):
