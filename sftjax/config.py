@@ -43,7 +43,7 @@ def default() -> ConfigDict:
     c.lora.rslora = False  # scale alpha / sqrt(rank), arXiv:2312.03732
     c.freeze = ConfigDict()
     c.freeze.last_n_layers = 0  # train these last decoder layers ...
-    c.freeze.train = ()  # ... and leaves whose Hugging Face name matches one of these regexes
+    c.freeze.train = ()  # ... and leaves whose path (layers/attn/q/bias, head/kernel) one of these regexes finds
 
     c.data = ConfigDict()
     c.data.train = ()  # a path, glob, directory or hub id; several; or {"path":, "weight":, "format":, "columns":}
