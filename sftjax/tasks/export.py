@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from sftjax.hf.verify import verify
 from sftjax.tasks.job import Base
 from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
+from sftjax.train.manifest import hash_tokenizer, hash_weights
+from sftjax.train.run import read_json
 from sftjax.train.step import init_state
 from sftjax.weights import select
 
@@ -40,44 +41,65 @@ def export(
     was read back is not what was trained; `out` is then as it was.
     """
     workdir = Path(workdir)
-    if to not in ("hf", "peft", "vllm"):
-        raise UserError(f"--to={to}: needs hf, peft or vllm")
     config = read_config(workdir)
-    if to != "hf" and config.method != "lora":
-        raise UserError(f"--to={to}: the run trained by method {config.method}, which makes no adapter; use --to=hf")
-    if to != "hf" and dtype:
-        raise UserError(f"--dtype={dtype}: an adapter is always float32; leave --dtype out, or use --to=hf")
+    refuse_form(to, dtype, config)
     base = Base(config)
-    mesh = sharding.make_mesh(1, 1, 1)
-    decoder, params, mask = base.build(mesh)
+    refuse_another_base(workdir, base)
+    if to != "hf" and base.new_tokens:
+        raise UserError(f"--to={to}: the run trained the embedding of new tokens too, which no adapter carries; use --to=hf")
+    decoder, params, mask = base.build(sharding.make_mesh(1, 1, 1))
     params, step = restore(workdir, config, params, mask, checkpoint, say)
-    touched = {path for path, m in tree.flatten(mask).items() if any(jax.tree.leaves(m))}
     params = select.uncut(params)
-    untouched = set(tree.flatten(params)) - {path.replace("lower/", "layers/") for path in touched}
-    if base.new_tokens:
-        untouched -= {"embed/embedding", "head/kernel"}
     rows = probe_rows(base, decoder.config.vocab)
-    differences: list[float] = []
+    difference = 0.0
 
-    def check(directory: Path, **where: Any) -> None:
-        differences.append(verify(directory, params, decoder.config, rows, **where))
+    def check(directory: Path) -> None:
+        nonlocal difference
+        difference = verify(directory, params, decoder.config, rows, adapter_of=None if to == "hf" else base.directory)
 
     shared: dict[str, Any] = {
         "source": base.directory,
         "out": out,
         "tokenizer": base.chat.tokenizer if base.new_tokens else None,
         "template": None if config.task == "pretrain" else base.chat.template,
+        "check": check,
     }
     if to == "hf":
-        save(params, decoder.config, dtype=dtype, stop_ids=base.chat.stop_ids, untouched=untouched, check=check, **shared)
+        kept = untouched(params, mask, base)
+        save(params, decoder.config, dtype=dtype, stop_ids=base.chat.stop_ids, untouched=kept, **shared)
     else:
-        if base.new_tokens:
-            raise UserError(f"--to={to}: the run trained the embedding of new tokens too, which no adapter carries; use --to=hf")
-        check = partial(check, adapter_of=base.directory)
-        {"peft": save_adapter, "vllm": save_vllm}[to](params, decoder.config, base_name=config.model.path, check=check, **shared)
+        {"peft": save_adapter, "vllm": save_vllm}[to](params, decoder.config, base_name=config.model.path, **shared)
     compared = sum(map(len, rows))
-    say(f"wrote step {step} to {out} and read it back: log-probs differ by at most {differences[0]:.1e} over {compared:,} tokens")
-    return differences[0]
+    say(f"wrote step {step} to {out} and read it back: log-probs differ by at most {difference:.1e} over {compared:,} tokens")
+    return difference
+
+
+def refuse_form(to: str, dtype: str | None, config: ConfigDict) -> None:
+    """Refuses a form that the run's method has no weights for."""
+    if to not in ("hf", "peft", "vllm"):
+        raise UserError(f"--to={to}: needs hf, peft or vllm")
+    if to != "hf" and config.method != "lora":
+        raise UserError(f"--to={to}: the run trained by method {config.method}, which makes no adapter; use --to=hf")
+    if to != "hf" and dtype:
+        raise UserError(f"--dtype={dtype}: an adapter is always float32; leave --dtype out, or use --to=hf")
+
+
+def refuse_another_base(workdir: Path, base: Base) -> None:
+    """What the run learnt fits the base it was trained from, and no other that has come to lie in its place."""
+    manifest = read_json(workdir / "manifest.json") or {}
+    places = {"base": (base.directory, hash_weights), "tokenizer": (base.directory, hash_tokenizer)}
+    if base.adapter:
+        places["adapter"] = (base.adapter, hash_weights)
+    for part, (directory, digest) in places.items():
+        if manifest.get("hashes", {}).get(part) != digest(directory):
+            raise UserError(f"{directory}: the {part} is not what the run in {workdir} was trained from; put that back")
+
+
+def untouched(params: Any, mask: Any, base: Base) -> set[str]:
+    """Paths of the leaves that are still the source's."""
+    touched = {path.replace("lower/", "layers/") for path, m in tree.flatten(mask).items() if any(jax.tree.leaves(m))}
+    grown = {"embed/embedding", "head/kernel"} if base.new_tokens else set()
+    return set(tree.flatten(params)) - touched - grown
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -101,7 +123,7 @@ def restore(
     """`params` with a checkpoint's trainable part in place."""
     trainable, frozen = tree.split(params, mask)
     like = init_state(trainable, optim.optimizer(config.optim, lambda _: 0.0))
-    with Checkpoints(workdir / "checkpoints", keep=config.train.keep, say=say) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", say=say, read_only=True) as checkpoints:
         got = checkpoints.restore(like, chosen(checkpoints, checkpoint))
     if got is None:
         raise UserError(f"--workdir={workdir}: the run has saved no checkpoint yet")

@@ -44,12 +44,16 @@ class LastAndBest:
 class Checkpoints:
     """`with Checkpoints(dir, keep=2) as c: c.save(step, state, extras, best=10); c.restore(like)`."""
 
-    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = print):
+    def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every file, and of every error that it raises too
         self.directory, self.say = directory, say
         self.kept = LastAndBest(keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self.kept, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=self.kept,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,  # a reader's run may be writing there
+            read_only=read_only,
+            create=not read_only,
         )
         self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
 

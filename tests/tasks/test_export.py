@@ -1,0 +1,219 @@
+"""What a run exports is what it trained: in torch, transformers and PEFT give the same log-probs. What cannot be is refused."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy as worlds
+from safetensors.numpy import load_file, save_file
+
+from sftjax import tasks
+from sftjax.config import UserError
+from sftjax.hf.verify import score
+from sftjax.sharding import make_mesh
+from sftjax.tasks.export import export, read_config, restore
+from sftjax.tasks.job import Base
+
+ROWS = [[256, 5, 9, 33, 2, 60, 7, 200, 31, 31, 4, 257], [1, 2, 3, 100, 99]]
+SHORT = {"train.steps": 4, "train.eval_every": 0}
+
+
+@pytest.fixture(scope="module")
+def lora_run(toy, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    tasks.train(toy.config(**SHORT), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def full_run(toy, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("full") / "run"
+    tasks.train(toy.config(**SHORT, **{"method": "full", "optim.lr": 3e-3}), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """`ours(workdir)`: the run's own log-probs of ROWS, with the adapter beside the base."""
+
+    def scores(workdir):
+        config = read_config(workdir)
+        base = Base(config)
+        decoder, params, mask = base.build(make_mesh(1, 1, 1))
+        return score(restore(workdir, config, params, mask, "last", print)[0], decoder.config, ROWS)
+
+    return scores
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """`theirs(directory, adapter)`: torch's."""
+
+    def scores(directory, adapter=None, dtype="float32"):
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        if adapter:
+            import peft
+
+            model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        out = []
+        for row in ROWS:
+            ids = torch.tensor([row])
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1]
+            out.append(logps.gather(-1, ids[0, 1:, None])[:, 0].numpy())
+        return np.concatenate(out)
+
+    return scores
+
+
+def test_merged_lora_says_in_transformers_what_the_adapter_says_here(toy, lora_run, ours, theirs, tmp_path):
+    export(lora_run, out=tmp_path / "out")
+    want = ours(lora_run)
+    np.testing.assert_allclose(theirs(tmp_path / "out"), want, atol=1e-4)
+    assert np.abs(theirs(toy.base) - want).max() > 0.1  # training did something
+
+
+def test_full_says_in_transformers_what_it_says_here(full_run, ours, theirs, tmp_path):
+    export(full_run, out=tmp_path / "out")
+    np.testing.assert_allclose(theirs(tmp_path / "out"), ours(full_run), atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["peft", "vllm"])
+def test_an_adapter_says_in_peft_what_it_says_here(toy, lora_run, ours, theirs, tmp_path, to):
+    export(lora_run, to=to, out=tmp_path / "out")
+    np.testing.assert_allclose(theirs(toy.base, tmp_path / "out"), ours(lora_run), atol=1e-5, rtol=1e-5)
+
+
+def test_what_vllm_reads_has_one_rank_and_no_scale(toy, lora_run, tmp_path):
+    export(lora_run, to="vllm", out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern") and not config["use_rslora"]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {min(t.shape) for t in tensors.values()} == {4}
+
+
+def test_peft_keeps_the_runs_rank_and_alpha(toy, lora_run, tmp_path):
+    export(lora_run, to="peft", out=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(toy.base))
+
+
+def test_bfloat16(lora_run, theirs, ours, tmp_path):
+    export(lora_run, out=tmp_path / "out", dtype="bfloat16")
+    assert {x.dtype.name for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {"bfloat16"}
+    np.testing.assert_allclose(theirs(tmp_path / "out"), ours(lora_run), atol=0.5)
+
+
+def test_a_base_in_bfloat16_keeps_its_bytes_where_nothing_trained(toy, tmp_path):
+    base = shutil.copytree(toy.base, tmp_path / "base")
+    half = {name: x.astype(jnp.bfloat16) for name, x in load_file(base / "model.safetensors").items()}
+    save_file(half, base / "model.safetensors", {"format": "pt"})
+    changes = {"model.path": str(base), "method": "freeze", "freeze.last_n_layers": 1, "freeze.train": ("final_norm",)}
+    tasks.train(toy.config(**SHORT, **changes), tmp_path / "run")
+    export(tmp_path / "run", out=tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name for name in half if half[name].tobytes() != after[name].tobytes()}
+    assert changed == {name for name in half if "layers.2." in name or name == "model.norm.weight"}
+    assert {x.dtype.name for x in after.values()} == {"bfloat16"}
+
+
+def test_llama_with_new_tokens(toy, theirs, ours, tmp_path):
+    """A base without a template is given ChatML; the rows of its tokens are trained and exported."""
+    base = worlds.make_base(tmp_path / "base", "llama", attention_bias=True, tie_word_embeddings=True)
+    (base / "chat_template.jinja").unlink()
+    changes = {"model.path": str(base), "data.template": "llama3", "data.max_length": 128}
+    tasks.train(toy.config(**SHORT, **changes), tmp_path / "run")
+    export(tmp_path / "run", out=tmp_path / "out")
+    np.testing.assert_allclose(theirs(tmp_path / "out"), ours(tmp_path / "run"), atol=1e-4)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert "<|start_header_id|>" in text
+    assert len(tokenizer) > len(AutoTokenizer.from_pretrained(base))
+    with pytest.raises(UserError, match="new tokens too, which no adapter carries; use --to=hf"):
+        export(tmp_path / "run", to="peft", out=tmp_path / "adapter")
+
+
+def test_an_exported_adapter_trains_further_from_where_it_was(toy, lora_run, tmp_path):
+    export(lora_run, to="peft", out=tmp_path / "adapter")
+    was = json.loads((lora_run / "summary.json").read_text())
+    got = tasks.train(toy.config(**SHORT, **{"model.adapter": str(tmp_path / "adapter")}), tmp_path / "further")
+    assert got["eval_loss_before"] == pytest.approx(was["eval_loss"], rel=1e-5)
+    assert got["eval_loss"] < was["eval_loss"]
+    export(tmp_path / "further", out=tmp_path / "out")
+
+
+def test_the_peft_fixture_trains_further(toy, shared, tmp_path):
+    models = shared / "data" / "hf_models"
+    data = worlds.write_rows(tmp_path / "texts.jsonl", [{"text": f"Lily had {i} red balls and a cat. " * 6} for i in range(40)])
+    changes = {"task": "pretrain", "model.path": str(models / "stories260K"), "data.train": (str(data),), "optim.lr": 1e-2}
+    changes |= {"model.adapter": str(models / "lora_fixture" / "adapter")}
+    got = tasks.train(toy.config(**SHORT, **changes), tmp_path / "run")
+    assert got["eval_loss"] < got["eval_loss_before"]
+    assert export(tmp_path / "run", to="peft", out=tmp_path / "out") < 1e-3
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_not(lora_run, tmp_path):
+    export(lora_run, out=tmp_path / "out")
+    export(lora_run, out=tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="exists and is not an export of sftjax"):
+        export(lora_run, out=tmp_path / "mine")
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    assert {d.name for d in tmp_path.iterdir()} == {"out", "mine"}  # nothing left beside them
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"to": "peft"}, "--to=peft: the run trained by method full, which makes no adapter; use --to=hf"),
+        ({"to": "gguf"}, "--to=gguf: needs hf, peft or vllm"),
+        ({"checkpoint": "newest"}, "--checkpoint=newest: needs last, best or one of 4"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(full_run, tmp_path, changes, sentence):
+    with pytest.raises(UserError) as told:
+        export(full_run, out=tmp_path / "out", **changes)
+    assert str(told.value) == sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_run_and_no_checkpoint_are_told(toy, lora_run, tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json there, so it is no run's directory"):
+        export(tmp_path, out=tmp_path / "out")
+    workdir = shutil.copytree(lora_run, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(UserError, match="the run has saved no checkpoint yet"):
+        export(workdir, out=tmp_path / "out")
+    assert not (workdir / "checkpoints").exists()  # looking leaves no trace
+
+
+def test_exporting_does_not_disturb_a_run_that_is_saving(lora_run, tmp_path):
+    workdir = shutil.copytree(lora_run, tmp_path / "run")
+    writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    writing.mkdir()
+    export(workdir, out=tmp_path / "out")
+    assert writing.exists()
+
+
+def test_an_adapter_has_no_dtype(lora_run, tmp_path):
+    with pytest.raises(UserError, match="an adapter is always float32"):
+        export(lora_run, to="vllm", out=tmp_path / "out", dtype="bfloat16")
+
+
+def test_a_base_that_was_changed_since_is_not_merged_into(toy, tmp_path):
+    base = shutil.copytree(toy.base, tmp_path / "base")
+    tasks.train(toy.config(**SHORT, **{"model.path": str(base)}), tmp_path / "run")
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-2] ^= 64
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"the base is not what the run in .* was trained from"):
+        export(tmp_path / "run", out=tmp_path / "out")

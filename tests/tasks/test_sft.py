@@ -1,0 +1,115 @@
+"""Every task and every method, as a user runs them: the loss falls, and what trains is what was asked for."""
+
+import json
+
+import pytest
+import toy as worlds
+from safetensors.numpy import load_file
+
+from sftjax import tasks
+from sftjax.config import UserError
+from sftjax.tasks.export import export
+
+METHODS = {
+    "lora": {},
+    "lora with dropout, noise, smoothing": {"lora.dropout": 0.1, "loss.neftune_alpha": 5.0, "loss.label_smoothing": 0.05},
+    "rslora of some": {"lora.rslora": True, "lora.targets": ("q_proj", "v_proj", "lm_head")},
+    "full": {"method": "full", "optim.lr": 3e-3},
+    "freeze all but the last layer": {"method": "freeze", "freeze.last_n_layers": 1, "optim.lr": 1e-2},
+    "freeze all but the head": {"method": "freeze", "freeze.train": ("head",), "optim.lr": 5e-2},
+}
+# Hugging Face names of what each method may change
+TOUCHED = {
+    "lora": "proj",
+    "lora with dropout, noise, smoothing": "proj",
+    "rslora of some": ("q_proj", "v_proj", "lm_head"),
+    "full": "",
+    "freeze all but the last layer": "layers.2.",
+    "freeze all but the head": "lm_head",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method_lowers_the_loss_and_changes_only_what_it_trains(toy, tmp_path, name):
+    changes = METHODS[name] | {"train.steps": 8, "train.eval_every": 0, "train.log_every": 8}
+    summary = tasks.train(toy.config(**changes), tmp_path / "run")
+    assert summary["eval_loss"] < 0.8 * summary["eval_loss_before"]
+    assert 0 < summary["trainable_parameters"] <= summary["parameters"]
+    export(tmp_path / "run", out=tmp_path / "out")
+    before, after = (load_file(d / "model.safetensors") for d in (toy.base, tmp_path / "out"))
+    wanted = (TOUCHED[name],) if isinstance(TOUCHED[name], str) else TOUCHED[name]
+    changed = {tensor for tensor in before if before[tensor].tobytes() != after[tensor].tobytes()}
+    assert changed == {tensor for tensor in before if any(w in tensor for w in wanted)}
+
+
+TEXTS = ["the grass is green and the snow is white. ", "coal is black, blood is red, and the sky is blue. "]
+
+
+def test_pretraining_fills_rows_and_trains_every_token(toy, tmp_path):
+    data = worlds.write_rows(tmp_path / "texts.jsonl", [{"text": f"{i} " + TEXTS[i % 2] * (1 + i % 4)} for i in range(60)])
+    changes = {"task": "pretrain", "method": "full", "optim.lr": 3e-3, "data.train": (str(data),)}
+    summary = tasks.train(toy.config(**changes), tmp_path / "run")
+    assert summary["eval_loss"] < 0.7 * summary["eval_loss_before"]
+    assert summary["tokens"] == 12 * 4 * 64  # every position of every row
+    assert summary["trained_tokens"] > 0.97 * summary["tokens"]  # all but the first of each document
+    assert "exact_match" not in summary
+    export(tmp_path / "run", out=tmp_path / "out")
+
+
+def test_classification_reads_text_and_label(toy, tmp_path):
+    rows = [f"the {i}th {x},{y}" for i in range(12) for x, y in worlds.COLOURS.items()]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    changes = {
+        "task": "classify",
+        "data.train": (str(tmp_path / "rows.csv"),),
+        "data.format": "label",
+        "data.label_prompt": "colour of {text}:",
+    }
+    summary = tasks.train(toy.config(**changes), tmp_path / "run")
+    assert summary["task"] == "classify"
+    assert summary["eval_loss"] < 0.7 * summary["eval_loss_before"]
+
+
+def test_held_out_prompts_are_answered_before_and_after(toy, tmp_path):
+    changes = {"method": "full", "optim.lr": 5e-3, "train.steps": 60, "train.eval_every": 0, "train.log_every": 30}
+    changes |= {"eval.generate": 6, "eval.max_new_tokens": 12}
+    summary = tasks.train(toy.config(**changes), tmp_path / "run")
+    assert summary["exact_match_before"] == 0
+    assert summary["exact_match"] > 0.5
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6
+    # a second call finds the run finished, and says the same of it
+    again = tasks.train(toy.config(**changes), tmp_path / "run")
+    assert {k: again[k] for k in ("exact_match_before", "exact_match")} == {
+        k: summary[k] for k in ("exact_match_before", "exact_match")
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"model.path": ""}, "model.path is empty"),
+        ({"train.batch_size": 6, "train.micro_batch": 4}, "train.batch_size=6 is no multiple of train.micro_batch=4"),
+        (
+            {"train.batch_size": 6, "mesh.data": 4, "mesh.tensor": 2},
+            "batch_size=6 does not divide over 4 data shards; use a multiple",
+        ),
+        ({"mesh.data": 3}, "mesh: data=3 x fsdp=1 x tensor=1 does not make the 8 devices here"),
+        ({"method": "freeze"}, "freeze: nothing trains; set --config.freeze.last_n_layers or --config.freeze.train"),
+        ({"method": "freeze", "freeze.last_n_layers": 9}, "freeze.last_n_layers=9: the model has 3 layers"),
+        ({"lora.targets": ("q_prj",)}, "did you mean q_proj"),
+        ({"lora.rank": 0}, "--config.lora.rank=0: needs at least 1"),
+        ({"optim.name": "adamW"}, "needs one of adamw, adam, sgd"),
+        ({"train.batch_size": 0}, "--config.train.batch_size="),
+        ({"train.log_every": 0}, "--config.train.log_every="),
+        ({"train.steps": -1}, "--config.train.steps="),
+        ({"data.max_length": 0}, "--config.data.max_length="),
+        ({"model.adapter": "/nowhere", "method": "full"}, "only --config.method=lora trains an adapter further"),
+        ({"lora.dropout": 1.0}, "--config.lora.dropout=1.0: needs a share"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(toy, tmp_path, changes, sentence):
+    with pytest.raises(UserError) as told:
+        tasks.train(toy.config(**changes), tmp_path / "run")
+    assert sentence in str(told.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
