@@ -192,6 +192,24 @@ CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
 }
 
+AT_LEAST = {  # None, where a key may be None, is decided elsewhere
+    "lora.rank": 1,
+    "freeze.last_n_layers": 0,
+    "data.max_length": 2,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batch": 1,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.save_every": 0,
+    "train.keep": 1,
+    "train.patience": 0,
+    "train.max_bad_steps": 1,
+    "eval.batch_size": 1,
+    "eval.generate": 0,
+    "eval.max_new_tokens": 1,
+}
+
 
 def check(config: ConfigDict) -> None:
     """Refuses values outside their choices and combinations that mean nothing, naming both. Raises UserError."""
@@ -201,3 +219,11 @@ def check(config: ConfigDict) -> None:
             near = difflib.get_close_matches(str(values[key]), [str(a) for a in allowed], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"--config.{key}={values[key]}: needs one of {', '.join(map(str, allowed))}{hint}")
+    for key, least in AT_LEAST.items():
+        if values[key] is not None and values[key] < least:
+            raise UserError(f"--config.{key}={values[key]}: needs at least {least}")
+    for key in ("lora.dropout", "loss.label_smoothing"):
+        if not 0 <= values[key] < 1:
+            raise UserError(f"--config.{key}={values[key]}: needs a share, at least 0 and below 1")
+    if values["model.adapter"] and values["method"] != "lora":
+        raise UserError(f"--config.model.adapter={values['model.adapter']}: only --config.method=lora trains an adapter further")
