@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     try:
         args.overrides = overrides(args, rest)
+        check_needs(args)
         VERBS[args.verb](args)
     except UserError as e:
         print(f"sftjax {args.verb}: {e}", file=sys.stderr)
@@ -52,51 +53,57 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sftjax", description=text, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    def verb(name: str, help: str) -> argparse.ArgumentParser:
+    def verb(name: str, needs: str, help: str) -> argparse.ArgumentParser:
+        """`needs` are checked by `check_needs` and not by argparse, so that a misspelt option is told before a missing one."""
+        usage, epilog = f"sftjax {name} {needs} [options]", f"example:\n  {EXAMPLES[name]}"
         raw = argparse.RawDescriptionHelpFormatter
-        return verbs.add_parser(
-            name, help=help, description=help, epilog=f"example:\n  {EXAMPLES[name]}", formatter_class=raw, allow_abbrev=False
+        p = verbs.add_parser(
+            name, help=help, description=help, usage=usage, epilog=epilog, formatter_class=raw, allow_abbrev=False
         )
+        p.set_defaults(needs=needs)
+        return p
 
     def config(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--config", required=True, metavar="FILE", help="a file with get_config(), such as configs/sft_lora.py")
+        p.add_argument("--config", metavar="FILE", help="a file with get_config(), such as configs/sft_lora.py")
         p.add_argument_group(
             "any key of the config", "--config.KEY=VALUE, e.g. --config.optim.lr=1e-4; sftjax/config.py lists them all"
         )
 
-    p = verb("preview", "Shows rows as the model sees them: every token, what is trained, what is dropped and why.")
+    p = verb(
+        "preview", "--config=FILE", "Shows rows as the model sees them: every token, what is trained, what is dropped and why."
+    )
     config(p)
     p.add_argument("--rows", type=int, default=3, help="rows to show in full (default 3)")
 
-    p = verb("train", "Runs the config's task in a directory; run again, it resumes.")
+    p = verb("train", "--config=FILE --workdir=DIR", "Runs the config's task in a directory; run again, it resumes.")
     config(p)
-    p.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory: checkpoints, metrics, report")
+    p.add_argument("--workdir", metavar="DIR", help="the run's directory: checkpoints, metrics, report")
     p.add_argument("--force", action="store_true", help="go on in a directory whose run had another config, data or base")
 
-    p = verb("export", "Writes a run's weights for others to load, reads them back and compares.")
-    p.add_argument("--workdir", required=True, metavar="DIR")
+    p = verb("export", "--workdir=DIR --out=DIR", "Writes a run's weights for others to load, reads them back and compares.")
+    p.add_argument("--workdir", metavar="DIR")
     p.add_argument(
         "--to", default="hf", choices=["hf", "peft", "vllm"], help="merged checkpoint, PEFT adapter, or adapter for vLLM"
     )
-    p.add_argument("--out", required=True, metavar="DIR")
+    p.add_argument("--out", metavar="DIR")
     p.add_argument("--checkpoint", default="last", metavar="last|best|STEP")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of every tensor (default: as in the base)")
 
-    p = verb("chat", "Talks with a model in the terminal; piped lines work too.")
+    p = verb("chat", "--model=DIR", "Talks with a model in the terminal; piped lines work too.")
     model(p)
     p.add_argument("--system", help="a system prompt")
 
-    p = verb("generate", "Answers every prompt of a data file, into JSON lines.")
+    p = verb("generate", "--model=DIR --data=FILE --out=FILE", "Answers every prompt of a data file, into JSON lines.")
     model(p)
-    p.add_argument("--data", required=True, metavar="FILE", help="any format that training reads")
-    p.add_argument("--out", required=True, metavar="FILE")
+    p.add_argument("--data", metavar="FILE", help="any format that training reads")
+    p.add_argument("--out", metavar="FILE")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--force", action="store_true", help="write over an --out that exists")
     return parser
 
 
 def model(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face directory or hub id")
+    p.add_argument("--model", metavar="DIR", help="a Hugging Face directory or hub id")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT adapter over it")
     p.add_argument("--max-new-tokens", type=int, default=512)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -116,7 +123,7 @@ def overrides(args: argparse.Namespace, rest: list[str]) -> list[str]:
     while i < len(rest):
         item = rest[i]
         if not (item.startswith("--config.") and hasattr(args, "config")):
-            flags = ["--" + name.replace("_", "-") for name in vars(args) if name != "verb"]
+            flags = ["--" + name.replace("_", "-") for name in vars(args) if name not in ("verb", "needs")]
             near = difflib.get_close_matches(item.partition("=")[0], flags, n=1)
             raise UserError(
                 f"{item}: no such option{f'; did you mean {near[0]}?' if near else ''}; see sftjax {args.verb} --help"
@@ -131,6 +138,15 @@ def overrides(args: argparse.Namespace, rest: list[str]) -> list[str]:
     return found
 
 
+def check_needs(args: argparse.Namespace) -> None:
+    """Raises UserError where an option that the verb cannot do without was not given."""
+    from sftjax.config import UserError
+
+    missing = [need for need in args.needs.split() if getattr(args, need[2:].partition("=")[0]) is None]
+    if missing:
+        raise UserError(f"needs {' and '.join(missing)}; for example\n  {EXAMPLES[args.verb]}")
+
+
 def load_config(args: argparse.Namespace) -> Any:
     from sftjax.config import load
 
@@ -143,8 +159,8 @@ def preview(args: argparse.Namespace) -> None:
     from sftjax.data.preview import preview
 
     preview(load_config(args), Console(), rows=args.rows)
-    same = " ".join(shlex.quote(f"--config.{item}") for item in args.overrides)
-    print(f"\nnext: sftjax train --config={args.config} {same} --workdir=runs/mine")
+    same = [f"--config={args.config}", *(f"--config.{item}" for item in args.overrides), "--workdir=runs/mine"]
+    print(f"\nnext: sftjax train {shlex.join(same)}")
 
 
 def train(args: argparse.Namespace) -> None:

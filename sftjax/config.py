@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def default() -> ConfigDict:
     c.model.adapter = None  # a PEFT adapter directory to start from (method lora)
     c.model.dtype = None  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
     c.model.scan = True  # one compiled layer body; False unrolls it
-    c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
+    c.model.remat = "dots"  # the backward pass recomputes: none = nothing, dots = all but products and attention, full = layers
 
     c.method = "lora"  # lora | full | freeze
     c.lora = ConfigDict()
@@ -104,6 +106,9 @@ def default() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    c.lock()  # a key that is not here is a mistake
+    c.data.columns.unlock()
+    c.data.roles.unlock()
     return c
 
 
@@ -117,16 +122,30 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except UserError:
+        raise
     except SyntaxError as e:
         raise UserError(f"{file}:{e.lineno}: {e.msg}") from e
-    except AttributeError as e:  # an unknown key set on the locked ConfigDict, or no get_config
-        raise UserError(f"{file}: {str(e).splitlines()[0].strip(chr(34))}") from e
+    except Exception as e:  # whatever a user's own program raises, an unknown key or a value of another type among it
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(file)]
+        raise UserError(f"{file}:{lines[-1] if lines else 1}: {mistake(e)}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: needs a function get_config() that returns sftjax.config.default(), changed; see configs/")
     for item in overrides:
         key, _, value = item.partition("=")
         override(config, key, value)
     check(config)
     return config
+
+
+def mistake(e: Exception) -> str:
+    """What a config file did wrong, in a line."""
+    if unknown := re.search(r'Key "(\w+)" does not exist', str(e)):  # of a ConfigDict, which goes on for pages
+        names = {key.rpartition(".")[2]: key for key, _ in flatten(default())}
+        near = difflib.get_close_matches(unknown[1], names, n=1)
+        return f"no such key: {unknown[1]}" + (f"; did you mean {names[near[0]]}?" if near else "")
+    return str(e).splitlines()[0] if str(e) else type(e).__name__
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -164,7 +183,9 @@ def parse(key: str, text: str, old: Any) -> Any:
     if isinstance(old, str):
         return text
     if isinstance(old, tuple) and isinstance(literal, str):
-        return tuple(part for part in literal.split(",") if part)
+        literal = tuple(part for part in literal.split(",") if part)
+    if key == "data.split" and not (isinstance(literal, (tuple, list)) and all(isinstance(x, (int, float)) for x in literal)):
+        raise UserError(f"--config.{key}={text}: needs numbers, e.g. 8,1,1")
     return literal
 
 

@@ -101,8 +101,7 @@ class Job:
         self.base = Base(config)
         self.chat = self.base.chat
         self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
-        self.progress = Progress(1, log_every=config.train.log_every)
-        self.say: Callable[[str], None] = self.progress.say
+        self.say: Callable[[str], None] = Progress(1).say
         self.splits = pipeline.build(config, self.chat, rejected_path=self.run.workdir / "rejected.jsonl", say=self.say)
         self.stream = Stream(self.splits.train, config, process_index=jax.process_index(), process_count=jax.process_count())
         self.manifest = self.describe()
@@ -131,7 +130,6 @@ class Job:
                 progress=progress,
                 flops_per_token=self.flops_per_token(),
             )
-        self.say = Progress(1).say
         self.skipped = int(state.skipped)
         self.steps = int(state.step)
         return tree.join(state.trainable, self.frozen), tally

@@ -44,8 +44,9 @@ def lora(
 ) -> Any:
     """Puts a LowRank in place of each target kernel. Raises UserError where a target matches nothing.
 
-    `targets` is "all-linear" (every kernel but the head's), or module names and regexes matched to the end of names
-    such as `layers.self_attn.q_proj`. a is drawn from uniform(-1, 1) / sqrt(in), as PEFT draws it; both parts are float32.
+    `targets` is "all-linear" (every kernel but the head's), or module names and regexes (a sequence, or text with
+    commas between them) matched to the end of names such as `layers.self_attn.q_proj`. a is drawn from
+    uniform(-1, 1) / sqrt(in), as PEFT draws it; both parts are float32.
     """
     if rank < 1:
         raise UserError(f"lora.rank={rank}: needs at least 1")
@@ -74,7 +75,7 @@ def match(params: Any, targets: str | Sequence[str]) -> set[str]:
     if targets == "all-linear":
         return {path for path, name in modules.items() if name != "lm_head"}
     chosen: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
+    for target in filter(None, targets.split(",")) if isinstance(targets, str) else targets:
         try:
             found = {path for path, name in modules.items() if re.search(rf"(^|\.)(?:{target})$", name)}
         except re.error as e:
@@ -83,9 +84,7 @@ def match(params: Any, targets: str | Sequence[str]) -> set[str]:
             known = sorted({name.rpartition(".")[2] for name in modules.values()})
             near = difflib.get_close_matches(target, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(
-                f"lora.targets: nothing is named {target!r}; {hint}there are {', '.join(known)}"
-            )
+            raise UserError(f"lora.targets: nothing is named {target!r}; {hint}there are {', '.join(known)}")
         chosen |= found
     return chosen
 

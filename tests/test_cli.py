@@ -1,0 +1,199 @@
+"""The command line as a user meets it: help that ends with an example, and every mistake one plain sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sftjax import cli
+
+VERBS = list(cli.VERBS)
+
+
+@pytest.fixture
+def sftjax(capfd):
+    """`sftjax("train", "--config=x") -> (exit code, what it printed, what it complained)`."""
+
+    def run(*argv):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in argv])
+        out, err = capfd.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def mistake(sftjax):
+    """`mistake(*argv)`: the one sentence. It is all that is said of it."""
+
+    def told(*argv):
+        code, _, err = sftjax(*argv)
+        assert code == 1
+        assert "Traceback" not in err
+        assert err.startswith(f"sftjax {argv[0]}: ")
+        return err.removeprefix(f"sftjax {argv[0]}: ").rstrip("\n")
+
+    return told
+
+
+def test_the_whole_road(toy, sftjax, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    short = ["--config.train.steps=3", "--config.train.eval_every=0"]
+    code, said, err = sftjax("train", f"--config={toy.config_file}", f"--workdir={run}", *short)
+    assert (code, err) == (0, "")
+    assert "training 5,568 of 45,392 parameters" in said
+    assert said.splitlines()[-1] == f"next: sftjax export --workdir={run} --to=hf --out=DIR"
+    code, said, err = sftjax("export", f"--workdir={run}", f"--out={out}", "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    assert said.splitlines()[-1] == f"next: sftjax chat --model={out}"
+    answers = tmp_path / "answers.jsonl"
+    code, said, err = sftjax("generate", f"--model={out}", f"--data={toy.data}", f"--out={answers}", "--max-new-tokens=4")
+    assert code == 0, err
+    assert len(answers.read_text().splitlines()) == len(toy.rows)
+
+
+def test_preview(toy, sftjax):
+    code, said, err = sftjax("preview", f"--config={toy.config_file}", "--rows=1")
+    assert code == 0, err
+    assert "[[g|r|e|e|n|<|im_end|>]]" in said
+    assert said.splitlines()[-1] == f"next: sftjax train --config={toy.config_file} --workdir=runs/mine"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_is_needed_and_ends_with_an_example(sftjax, verb):
+    code, said, _ = sftjax(verb, "--help")
+    assert code == 0
+    assert said.splitlines()[0].startswith(f"usage: sftjax {verb} --")
+    assert said.rstrip().splitlines()[-1].strip() == cli.EXAMPLES[verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_are_understood(verb):
+    _, *argv = cli.EXAMPLES[verb].split()
+    args, rest = cli.build_parser().parse_known_args(argv)
+    args.overrides = cli.overrides(args, rest)
+    cli.check_needs(args)
+    assert args.verb == verb
+
+
+def test_no_verb_shows_them_all(sftjax):
+    code, said, _ = sftjax()
+    assert code == 0
+    assert all(verb in said for verb in VERBS)
+
+
+def test_help_starts_no_jax():
+    program = "import sys; from sftjax import cli; cli.build_parser().format_help(); print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["train", "--confg=x"], "--confg=x: no such option; did you mean --config?; see sftjax train --help"),
+        (["train", "--config=x", "--workdri=y"], "--workdri=y: no such option; did you mean --workdir?; see sftjax train --help"),
+        (["train", "--config=x", "--wrkdir", "y"], "--wrkdir: no such option; did you mean --workdir?; see sftjax train --help"),
+        (["train", "more", "--config=x"], "more: no such option; see sftjax train --help"),
+        (["export", "--config.seed=3"], "--config.seed=3: no such option; see sftjax export --help"),
+        (["train", "--config=x"], "needs --workdir=DIR; for example\n  " + cli.EXAMPLES["train"]),
+        (["export"], "needs --workdir=DIR and --out=DIR; for example\n  " + cli.EXAMPLES["export"]),
+        (["preview", "--config=/nope.py"], "--config=/nope.py: no such file; try --config=configs/sft_lora.py"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_nearest(mistake, argv, sentence):
+    assert mistake(*argv) == sentence
+
+
+KEYS = [
+    ("optim.lrr=1", "--config.optim.lrr: no such key; did you mean --config.optim.lr?"),
+    ("optim.lr=fast", "--config.optim.lr=fast: needs a number"),
+    ("train.batch_size=2.5", "--config.train.batch_size=2.5: needs a whole number"),
+    ("train.batch_size=0", "--config.train.batch_size=0: needs at least 1"),
+    ("data.packing=maybe", "--config.data.packing=maybe: needs true or false"),
+    ("data.split=8:1:1", "--config.data.split=8:1:1: needs numbers, e.g. 8,1,1"),
+    ("method=loar", "--config.method=loar: needs one of lora, full, freeze; did you mean lora?"),
+    ("lora.targets=q_proj,v_prj", "lora.targets: nothing is named 'v_prj'; did you mean v_proj?"),
+    ("model.path=/nope", "/nope: no such directory"),
+    ("data.train=/nope.jsonl", "/nope.jsonl: no such file"),
+]
+
+
+@pytest.mark.parametrize("override, sentence", KEYS)
+def test_a_wrong_key_or_value_is_one_sentence(toy, mistake, tmp_path, override, sentence):
+    told = mistake("train", f"--config={toy.config_file}", f"--workdir={tmp_path / 'run'}", f"--config.{override}")
+    assert told.startswith(sentence)
+    assert len(told.splitlines()) == 1
+
+
+def test_an_override_may_stand_apart_from_its_value(toy, mistake, tmp_path):
+    argv = ["train", f"--config={toy.config_file}", f"--workdir={tmp_path / 'run'}"]
+    assert mistake(*argv, "--config.method", "loar").startswith("--config.method=loar: needs one of")
+    assert mistake(*argv, "--config.method") == "--config.method: needs a value, --config.method=VALUE"
+
+
+DEFAULT = "from sftjax.config import default\n\n\ndef get_config():\n    c = default()\n"
+FILES = {
+    "no get_config": ("x = 1\n", ": needs a function get_config() that returns sftjax.config.default(), changed"),
+    "returns no config": ("def get_config():\n    return 3\n", ": needs a function get_config()"),
+    "does not parse": ("def get_config(:\n", ":1: invalid syntax"),
+    "imports what is not there": ("\nimport nothing_there\n", ":2: No module named 'nothing_there'"),
+    "unknown key": (DEFAULT + "    c.optim.lrr = 3\n    return c\n", ":6: no such key: lrr; did you mean optim.lr?"),
+    "wrong type": (DEFAULT + "    c.optim.lr = 'fast'\n    return c\n", ":6: Could not override field 'lr'"),
+    "fails": (DEFAULT + "    return 1 / 0\n", ":6: division by zero"),
+}
+
+
+@pytest.mark.parametrize("text, sentence", FILES.values(), ids=FILES.keys())
+def test_a_config_file_with_a_mistake_is_told_with_its_line(mistake, tmp_path, text, sentence):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    told = mistake("train", f"--config={file}", f"--workdir={tmp_path / 'run'}")
+    assert told.startswith(f"{file}{sentence}")
+    assert len(told.splitlines()) == 1
+
+
+def test_columns_are_named_freely(sftjax, tmp_path, toy):
+    """data.columns and data.roles take keys that the schema cannot know."""
+    (tmp_path / "rows.csv").write_text("review,stars\n" + "".join(f"it was {i},{i % 2}\n" for i in range(20)))
+    argv = [f"--config.data.train={tmp_path / 'rows.csv'}", "--config.data.format=label"]
+    argv += ["--config.data.columns.text=review", "--config.data.columns.label=stars", "--config.data.roles.narrator=user"]
+    code, said, err = sftjax("preview", f"--config={toy.config_file}", *argv)
+    assert code == 0, err
+    assert "20 rows read, 20 kept" in said
+
+
+def test_a_bad_row_is_told_with_file_line_field_and_reason(toy, mistake, tmp_path):
+    rows = [
+        json.dumps(toy.rows[0]),
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": 3}]}',
+        "{",
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    argv = [f"--config={toy.config_file}", f"--workdir={tmp_path / 'run'}", f"--config.data.train={tmp_path / 'rows.jsonl'}"]
+    told = mistake("train", *argv).splitlines()
+    assert told[0] == "2 rows cannot be used:"
+    assert told[1].startswith(f"  {tmp_path / 'rows.jsonl'}:2: messages[1].content: is the number 3")
+    assert told[2].startswith(f"  {tmp_path / 'rows.jsonl'}:3: ")
+    assert told[3] == "mend them, or leave them out with --config.data.on_bad_row=skip"
+    assert len(told) == 4
+
+
+def test_a_model_without_config_is_told(toy, mistake, tmp_path):
+    argv = ["train", f"--config={toy.config_file}", f"--workdir={tmp_path / 'run'}"]
+    assert mistake(*argv, f"--config.model.path={tmp_path}") == f"{tmp_path}: the directory has no config.json"
+
+
+def test_another_run_is_refused_until_forced(toy, sftjax, mistake, tmp_path):
+    argv = ["train", f"--config={toy.config_file}", f"--workdir={tmp_path / 'run'}", "--config.train.eval_every=0"]
+    assert sftjax(*argv, "--config.train.steps=2")[0] == 0
+    told = mistake(*argv, "--config.train.steps=3").splitlines()
+    assert told[1:] == [
+        "  config.train.steps: 2 -> 3",
+        "use another --workdir, or --force to go on with its checkpoint",
+    ]
+    code, said, _ = sftjax(*argv, "--config.train.steps=3", "--force")
+    assert code == 0
+    assert "resuming after step 2 of 3" in said
