@@ -56,7 +56,7 @@ def matmul(x: Array, w: Weight, key: Array | None = None) -> Array:
         case LowRank():
             return matmul(x, w.base) + w.scale * matmul(matmul(x, w.a), w.b)
         case _:
-            return x @ w.astype(x.dtype)
+            return _product(x, w.astype(x.dtype))
 
 
 def dense(w: Weight, dtype: Any = None) -> Array:
@@ -86,6 +86,27 @@ def rows(w: Weight, ids: Array) -> Array:
             return rows(w.base, ids) + w.scale * (w.a[ids] @ w.b)
         case _:
             return w[ids]
+
+
+@jax.custom_vjp
+def _product(x: Array, w: Array) -> Array:
+    """x @ w, whose gradient dw has the narrower of x and dy on the left: a CPU transposes that side in memory first."""
+    return x @ w
+
+
+def _product_fwd(x, w):
+    return x @ w, (x, w)
+
+
+def _product_bwd(residuals, dy):
+    x, w = residuals
+    lead = tuple(range(x.ndim - 1))
+    wide = x.shape[-1] > dy.shape[-1]
+    dw = jnp.tensordot(dy, x, (lead, lead)).T if wide else jnp.tensordot(x, dy, (lead, lead))
+    return dy @ w.T, dw
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

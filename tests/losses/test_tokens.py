@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 from tiny import assert_trees_close, batch
 
 from sftjax.data.batch import Batch
@@ -102,7 +103,9 @@ def test_a_frozen_head_costs_no_gradient():
 
     def products(argnums):
         run = jax.grad(lambda h, w: ours("head")((h, w))[0], argnums)
-        return str(jax.make_jaxpr(run)(HIDDEN, HEADS["head"])).count("dot_general")
+        jaxpr = jax.make_jaxpr(run)(HIDDEN, HEADS["head"]).jaxpr
+        needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler drops what nobody uses
+        return str(needed).count("dot_general")
 
     assert (products((0,)), products((0, 1))) == (2, 3)
 
