@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from sftjax import sharding
@@ -137,21 +138,23 @@ def _heads_fwd(static_window, scale, q, k, v, segments, window):
         )
         lses.append(top + jnp.log(total))
     o, lse = jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+    q, k, v, o, lse = checkpoint_name((q, k, v, o, lse), "attention")
     return o, (q, k, v, segments, window, o, lse)
 
 
 def _heads_bwd(static_window, scale, residuals, do):
     q, k, v, segments, window, o, lse = residuals
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    # dk and dv are [H, T] until the end: as [T, H] they would have a CPU transpose the scores, not the queries
+    dq, dk, dv = [], jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
     for t, s, end in _chunks(q.shape[1], static_window):
         p = jnp.exp(_scores(q, k, segments, window, scale, t, s, end) - lse[:, t:end])
         dp = jnp.einsum("gth,sh->gts", do[:, t:end], v[s:end], preferred_element_type=jnp.float32)
         ds = (p * (dp - delta[:, t:end]) * scale).astype(q.dtype)
         dq.append(jnp.einsum("gts,sh->gth", ds, k[s:end]))
-        dk = dk.at[s:end].add(jnp.einsum("gts,gth->sh", ds, q[:, t:end], preferred_element_type=jnp.float32))
-        dv = dv.at[s:end].add(jnp.einsum("gts,gth->sh", p.astype(do.dtype), do[:, t:end], preferred_element_type=jnp.float32))
-    return jnp.concatenate(dq, 1), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+        dk = dk.at[:, s:end].add(jnp.einsum("gth,gts->hs", q[:, t:end], ds, preferred_element_type=jnp.float32))
+        dv = dv.at[:, s:end].add(jnp.einsum("gth,gts->hs", do[:, t:end], p.astype(do.dtype), preferred_element_type=jnp.float32))
+    return jnp.concatenate(dq, 1), dk.T.astype(k.dtype), dv.T.astype(v.dtype), None, None
 
 
 _heads.defvjp(_heads_fwd, _heads_bwd)

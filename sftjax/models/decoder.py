@@ -28,7 +28,11 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+# by name, not by kind of operation: on CPU attention's own products are inside loops and would be saved whole
+REMAT = {
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Cache(NamedTuple):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from sftjax.models.config import Rope
 from sftjax.weights import kinds
@@ -27,7 +28,7 @@ class Dense(nn.Module):
         y = kinds.matmul(x, kernel, self.make_rng("dropout") if self.has_rng("dropout") else None)
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y
+        return checkpoint_name(y, "product")
 
 
 class Embed(nn.Module):
