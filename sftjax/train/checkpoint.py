@@ -7,7 +7,8 @@ directory and renames it, so a checkpoint is whole or absent; the last `keep` st
 from __future__ import annotations
 
 import errno
-import gc
+import functools
+import inspect
 import logging
 import sys
 import warnings
@@ -45,7 +46,7 @@ class Checkpoints:
     """`with Checkpoints(dir, keep=2) as c: c.save(step, state, extras, best=10); c.restore(like)`."""
 
     def __init__(self, directory: Path, *, keep: int = 2, say: Callable[[str], None] = print, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every file, and of every error that it raises too
+        hush_orbax()
         self.directory, self.say = directory, say
         self.kept = LastAndBest(keep)
         options = ocp.CheckpointManagerOptions(
@@ -106,12 +107,10 @@ class Checkpoints:
     def _read(self, step: int | None, **items: Any) -> tuple[int, Any] | None:
         steps = self.steps() if step is None else [step]
         for candidate in reversed(steps):
-            with hushed():
-                try:
-                    return candidate, self.manager.restore(candidate, args=ocp.args.Composite(**items))
-                except (ValueError, OSError, KeyError) as e:
-                    reason = first_line(e)
-                gc.collect()
+            try:
+                return candidate, self.manager.restore(candidate, args=ocp.args.Composite(**items))
+            except (ValueError, OSError, KeyError) as e:
+                reason = first_line(e)
             if step is None and candidate != steps[0]:
                 self.say(f"checkpoint {candidate} cannot be read ({reason}); going back to the one before")
         if step is not None:
@@ -138,16 +137,19 @@ class Checkpoints:
             raise UserError(f"{self.directory}: the disk is full; {kept}: free some space and run the same command again") from e
 
 
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Where reading fails orbax leaves its other reads unfinished; Python would print pages about each when it is collected."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine was never awaited"
-            yield
-    finally:
-        sys.unraisablehook = before
+@functools.cache
+def hush_orbax() -> None:
+    """Orbax raises what goes wrong, but first prints pages of it: logs, and each of the other reads and writes under way,
+    which it leaves behind unfinished."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (inspect.iscoroutine(unraisable.object) or str(unraisable.exc_value) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def causes(e: BaseException | None) -> Iterator[BaseException]:
