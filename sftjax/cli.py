@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(0)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    if argv is None:  # a process of ours: transformers would import torch where it is installed, 2 s and 450 MiB for nothing
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are tokenised by processes of our own
     from sftjax.config import UserError
     from sftjax.train.stop import Stopped

@@ -180,6 +180,7 @@ def main() -> None:
     """The worker: stdin a Chat, then chunks; stdout their encoded rows. Ends with its stdin."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not print into the stream of rows
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type] # transformers would import it, 2 s and 450 MiB for nothing
     chat = pickle.load(sys.stdin.buffer)
     while True:
         try:
