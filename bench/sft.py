@@ -89,7 +89,6 @@ def sftjax(a: argparse.Namespace, scratch: Path, method: str, repeat: int) -> Me
     settings = {
         "model.path": a.case / "model",
         "model.dtype": "bfloat16" if a.bf16 else "float32",
-        "model.remat": "none",
         "method": method,
         "lora.rank": 8,
         "lora.alpha": 16,
