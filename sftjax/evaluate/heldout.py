@@ -1,11 +1,11 @@
 """Held-out rows as questions: the model gives the answer that the row ends with, and the two are compared.
 
-Example -> question(ids, expected) -> Engine -> Answer -> summary, samples for the report
+Example -> Question(ids, expected) -> Engine -> Answer -> summary, samples for the report
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ class Question(NamedTuple):
     prompt: str
     expected: str | None
     messages: tuple[Message, ...] = ()  # that were asked, where the row is a conversation
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def question(chat: Chat, example: Example) -> Question:
     """The row without the answer it ends with. Raises RowError where it asks nothing."""
     if example.completion is not None:
         prompt, expected = example.completion
-        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected or None)
+        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected or None, label=example.label)
     if example.text is not None:
         return Question([*chat.start_ids, *chat.tokenise(example.text)[0]], example.text, None)
     *asked, last = example.messages or ()
@@ -50,7 +51,7 @@ def question(chat: Chat, example: Example) -> Question:
     if not asked:
         raise RowError("messages", "has nothing before the answer")
     answer = last.content if last.role == "assistant" and isinstance(last.content, str) else None
-    return Question(chat.prompt(asked, example.tools), readable(asked), answer, tuple(asked))
+    return Question(chat.prompt(asked, example.tools), readable(asked), answer, tuple(asked), example.label)
 
 
 def readable(messages: Sequence[Message]) -> str:
@@ -60,26 +61,34 @@ def readable(messages: Sequence[Message]) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in messages)
 
 
-def answers(engine: Engine, chat: Chat, examples: Sequence[Example], *, max_new_tokens: int, **options: Any) -> list[Answer]:
-    """The engine's answer to every example that has a question and a text to compare with, in order.
+def questions(chat: Chat, examples: Iterable[Example]) -> Iterator[Question]:
+    """Those of the examples that can be asked and have a text to compare the answer with, in order."""
+    for example in examples:
+        if example.text is not None:
+            continue  # plain text asks nothing
+        try:
+            q = question(chat, example)
+        except RowError:
+            continue  # this template has no way to ask it
+        if q.expected is not None:
+            yield q
+
+
+def answers(
+    engine: Engine, questions: Sequence[Question], *, tokenizer: Any, max_new_tokens: int, **options: Any
+) -> list[Answer]:
+    """The engine's answer to each of `questions`, in order.
 
     A prompt that leaves no room within the model's positions is answered by nothing. `options` as in Engine.generate.
     """
-    asked = []
-    for example in examples:
-        try:
-            asked.append((question(chat, example), example.label))
-        except RowError:
-            continue  # this template has no way to ask it
-    asked = [(q, label) for q, label in asked if q.expected is not None]
-    fitting = [q.ids for q, _ in asked if engine.fits(q.ids)]
-    made = iter(engine.generate(fitting, max_new_tokens=max_new_tokens, tokenizer=chat.tokenizer, **options))
+    fitting = [q.ids for q in questions if engine.fits(q.ids)]
+    made = iter(engine.generate(fitting, max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options))
     out = []
-    for q, label in asked:
+    for q in questions:
         g = next(made) if engine.fits(q.ids) else None
         text = g.text if g else ""
         exact = exact_match(text, q.expected or "")
-        out.append(Answer(q.prompt, q.expected or "", text, bool(g and g.stopped), exact, len(g.ids) if g else 0, label))
+        out.append(Answer(q.prompt, q.expected or "", text, bool(g and g.stopped), exact, len(g.ids) if g else 0, q.label))
     return out
 
 

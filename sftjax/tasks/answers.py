@@ -3,59 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 from typing import Any
 
+import jax
+
 from sftjax import tree
+from sftjax.data.pack import permutation
 from sftjax.evaluate import heldout
 from sftjax.generate.engine import Engine
 from sftjax.tasks.job import Job
-from sftjax.weights.lora import merge
 from sftjax.weights.select import uncut
 
-FILE = "answers_before.json"
+FILE = "answers_before.json"  # {"of": what was asked of what, "answers": [...]}
 
 
 class Answers:
-    """`config.eval.generate` held-out rows; none where it is 0 or nothing is held out. Those from before survive a resume."""
+    """`config.eval.generate` of the held-out rows, chosen by the seed from those that ask something; none where none do.
+
+    The answers from before training survive a resume, unless something else is asked by then or something else would answer.
+    """
 
     def __init__(self, job: Job):
         self.job = job
-        rows = job.splits.eval
-        self.examples = [rows.example(i) for i in range(min(job.config.eval.generate, len(rows)))]
+        rows, wanted = job.splits.eval, job.config.eval.generate
+        shuffled = (rows.example(i) for i in permutation(len(rows), job.config.seed).tolist())
+        self.questions = list(itertools.islice(heldout.questions(job.chat, shuffled), wanted))
         self.base: list[heldout.Answer] = []
         self.tuned: list[heldout.Answer] = []
+        if wanted and not self.questions:
+            why = "no held-out row asks for a text" if len(rows) else "no rows are held out"
+            job.say(f"eval.generate={wanted}: {why}, so nothing is answered before and after training")
 
     def before(self) -> None:
-        if not self.examples:
+        if not self.questions:
             return
-        kept = self.job.run.read_json(FILE)
-        if kept:
-            self.base = [heldout.Answer(**answer) for answer in kept]
+        kept, of = self.job.run.read_json(FILE), self.fingerprint()
+        if kept and kept["of"] == of:
+            self.base = [heldout.Answer(**answer) for answer in kept["answers"]]
             return
         self.base = self.answer(tree.join(self.job.trainable, self.job.frozen))
-        self.job.run.write_json(FILE, [dataclasses.asdict(answer) for answer in self.base])
+        self.job.run.write_json(FILE, {"of": of, "answers": [dataclasses.asdict(answer) for answer in self.base]})
         self.say("before training", self.base)
 
     def after(self, params: Any) -> None:
-        if self.examples:
+        if self.questions:
             self.tuned = self.answer(params)
             self.say("after training", self.tuned)
 
     def answer(self, params: Any) -> list[heldout.Answer]:
         job = self.job
-        decoder = dataclasses.replace(job.decoder, lower=0)
-        engine = Engine(decoder, merge(uncut(params)), stop_ids=job.chat.stop_ids)
-        return heldout.answers(engine, job.chat, self.examples, max_new_tokens=job.config.eval.max_new_tokens)
+        with jax.set_mesh(job.mesh):
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(params), stop_ids=job.chat.stop_ids)
+            longest = job.config.eval.max_new_tokens
+            return heldout.answers(engine, self.questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the answers before training."""
+        asked = [(q.ids, q.expected) for q in self.questions]
+        hashes = self.job.manifest["hashes"]
+        decides = [asked, hashes["base"], hashes["adapter"], self.job.chat.stop_ids, self.job.config.eval.max_new_tokens]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def say(self, when: str, answers: list[heldout.Answer]) -> None:
         exact, stopped = (100 * heldout.summary(answers)[name] for name in ("exact_match", "stop_rate"))
         self.job.say(f"{when}: {exact:.1f} % of {len(answers)} held-out answers exact, {stopped:.1f} % stopped by themselves")
 
     def summary(self) -> dict[str, Any]:
-        if not self.examples:
+        if not self.questions:
             return {}
         before, after = heldout.summary(self.base), heldout.summary(self.tuned)
         return {f"{name}_before": value for name, value in before.items()} | after
 
     def samples(self) -> list[dict[str, Any]]:
-        return heldout.samples(self.base, self.tuned) if self.examples else []
+        return heldout.samples(self.base, self.tuned)

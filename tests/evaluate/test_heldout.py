@@ -43,7 +43,8 @@ def test_answers_are_the_engines_and_compared_after_strip(opened):
         Example("f", 1, text="plain"),
         talk(("user", "x" * 200), ("assistant", "leaves no room")),
     ]
-    right, wrong, long = heldout.answers(engine, chat, examples, max_new_tokens=5)
+    asked = list(heldout.questions(chat, examples))
+    right, wrong, long = heldout.answers(engine, asked, tokenizer=chat.tokenizer, max_new_tokens=5)
     assert (right.exact, wrong.exact, long.exact) == (True, False, False)
     assert right.text == wrong.text == said.text and right.tokens == len(said.ids) and not long.text
     assert heldout.summary([right, wrong, long]) == {

@@ -1,0 +1,68 @@
+"""Held-out rows answered before and after training: which are asked, and when the answers from before still hold."""
+
+import json
+
+import pytest
+import toy as worlds
+
+from sftjax import tasks
+from sftjax.generate.engine import Engine
+
+SHORT = {"train.steps": 2, "train.eval_every": 0, "eval.generate": 4, "eval.max_new_tokens": 4}
+
+
+def samples(workdir):
+    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("split, why", [("0.5,0.5", "no held-out row asks for a text"), ("1,0", "no rows are held out")])
+def test_rows_that_ask_nothing_are_trained_without_answers(toy, tmp_path, capfd, split, why):
+    (tmp_path / "mine.txt").write_text("".join(f"{i} grass is green\n\n" for i in range(30)))
+    shares = tuple(map(float, split.split(",")))
+    changes = SHORT | {"data.train": (str(tmp_path / "mine.txt"),), "data.split": shares}
+    summary = tasks.train(toy.config(**changes), tmp_path / "run")
+    assert "exact_match" not in summary and samples(tmp_path / "run") == []
+    assert f"eval.generate=4: {why}" in capfd.readouterr().out
+
+
+def test_rows_that_ask_are_found_among_those_that_do_not(toy, tmp_path):
+    plain = [{"messages": [{"role": "user", "content": f"{i}, nobody answers"}]} for i in range(20)]
+    for row in plain:
+        row["messages"][0]["loss"] = 1.0
+    data = worlds.write_rows(tmp_path / "mixed.jsonl", plain + toy.rows[:6])
+    changes = SHORT | {"data.train": (str(toy.data),), "data.eval": (str(data),)}
+    tasks.train(toy.config(**changes), tmp_path / "run")
+    asked = [s["prompt"] for s in samples(tmp_path / "run")]
+    assert len(asked) == 4 and set(asked) <= {row["messages"][0]["content"] for row in toy.rows[:6]}
+
+
+def test_the_seed_chooses_the_rows_from_all_that_are_held_out(toy, tmp_path):
+    data = worlds.write_rows(tmp_path / "held.jsonl", toy.rows[:40])
+    asked = []
+    for i, seed in enumerate((0, 0, 1)):
+        changes = SHORT | {"train.steps": 1, "data.eval": (str(data),), "seed": seed}
+        tasks.train(toy.config(**changes), tmp_path / str(i))
+        asked.append([s["prompt"] for s in samples(tmp_path / str(i))])
+    first = [row["messages"][0]["content"] for row in toy.rows[:4]]
+    assert asked[0] == asked[1] != asked[2] and sorted(asked[0]) != sorted(first)
+
+
+def test_answers_from_before_are_kept_only_for_the_same_questions_and_base(toy, tmp_path, monkeypatch):
+    made = []
+    generate = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda self, prompts, **o: made.append(len(prompts)) or generate(self, prompts, **o))
+    work = tmp_path / "run"
+    tasks.train(toy.config(**SHORT), work)
+    tasks.train(toy.config(**SHORT), work)
+    assert made == [4, 4, 4]  # before and after; only after
+    tasks.train(toy.config(**SHORT | {"eval.generate": 6}), work, force=True)
+    assert made[3:] == [6, 6] and len(samples(work)) == 6
+    other = worlds.make_base(tmp_path / "other", rms_norm_eps=1e-5)
+    tasks.train(toy.config(**SHORT | {"eval.generate": 6, "model.path": str(other)}), work, force=True)
+    assert made[5:] == [6, 6]
+
+
+def test_several_devices_answer_as_one_does(toy, tmp_path):
+    for name, mesh in (("one", {"mesh.data": 1}), ("many", {"mesh.data": 4, "mesh.fsdp": 2})):
+        tasks.train(toy.config(**SHORT | {"train.steps": 1, "train.batch_size": 8} | mesh), tmp_path / name)
+    assert [s["base"] for s in samples(tmp_path / "one")] == [s["base"] for s in samples(tmp_path / "many")]
