@@ -78,7 +78,9 @@ def fit(
             batch = to_devices(batch, mesh)
             if compiled is None:
                 began = time.perf_counter()
-                compiled = jax.jit(step_fn, donate_argnums=0).lower(state, frozen, batch).compile()
+                homes = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
+                jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(homes, None))
+                compiled = jitted.lower(state, frozen, batch).compile()
                 tally.compile_s = time.perf_counter() - began
                 meter.start()
             state, metrics = compiled(state, frozen, batch)  # compiled once: a batch of another shape would be an error

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import toy as worlds
 
 from sftjax import tasks
 from sftjax.config import UserError
@@ -255,3 +256,18 @@ def test_a_run_goes_on_over_another_mesh(train, finished, tmp_path):
     got = train(workdir, **{"train.eval_every": 6, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     assert got["steps"] == 12
     assert got["eval_loss"] == pytest.approx(finished.summary["eval_loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base whose matrices are large enough for Adafactor to factor."""
+    return worlds.make_base(tmp_path_factory.mktemp("wide") / "base", hidden_size=128, intermediate_size=128)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_whatever_the_optimiser_holds_fits_the_next_step_on_every_mesh(train, wide, tmp_path, optimizer):
+    changes = {"model.path": str(wide), "method": "full", "optim.name": optimizer, "optim.lr": 1e-3, "train.steps": 3}
+    one = train(tmp_path / "one", **changes)
+    many = train(tmp_path / "many", **changes, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    assert many["steps"] == 3
+    assert many["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-3)
