@@ -17,7 +17,7 @@ from sftjax.config import UserError
 from sftjax.hf.peft import save_adapter, save_vllm
 from sftjax.hf.save import save
 from sftjax.hf.verify import verify
-from sftjax.tasks.job import Base
+from sftjax.tasks.base import Base
 from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.manifest import hash_tokenizer, hash_weights

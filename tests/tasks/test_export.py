@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from sftjax import tasks
 from sftjax.config import UserError
+from sftjax.generate.chat import open_engine
 from sftjax.hf.verify import score
 from sftjax.sharding import make_mesh
 from sftjax.tasks.export import export, read_config, restore
-from sftjax.tasks.job import Base
+from sftjax.tasks.base import Base
 
 ROWS = [[256, 5, 9, 33, 2, 60, 7, 200, 31, 31, 4, 257], [1, 2, 3, 100, 99]]
 SHORT = {"train.steps": 4, "train.eval_every": 0}
@@ -104,6 +105,21 @@ def test_peft_keeps_the_runs_rank_and_alpha(toy, lora_run, tmp_path):
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(toy.base))
 
 
+def test_an_adapter_is_asked_through_the_template_it_was_trained_with(toy, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text(worlds.CHATML.replace("\\n", " : "))
+    tasks.train(toy.config(**SHORT, **{"data.template": str(template)}), tmp_path / "run")
+    export(tmp_path / "run", to="peft", out=tmp_path / "out")
+    asked = [{"role": "user", "content": "what?"}]
+    _, alone = open_engine(str(toy.base))
+    for others in ((), ("tokenizer.json", "tokenizer_config.json")):  # files that an adapter from elsewhere may lack
+        for name in others:
+            (tmp_path / "out" / name).unlink()
+        _, chat = open_engine(str(toy.base), str(tmp_path / "out"))
+        assert chat.template == template.read_text() != alone.template
+        assert chat.prompt(asked) != alone.prompt(asked)
+
+
 def test_bfloat16(lora_run, theirs, ours, tmp_path):
     export(lora_run, out=tmp_path / "out", dtype="bfloat16")
     assert {x.dtype.name for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {"bfloat16"}
@@ -139,6 +155,20 @@ def test_llama_with_new_tokens(toy, theirs, ours, tmp_path):
     assert len(tokenizer) > len(AutoTokenizer.from_pretrained(base))
     with pytest.raises(UserError, match="new tokens too, which no adapter carries; use --to=hf"):
         export(tmp_path / "run", to="peft", out=tmp_path / "adapter")
+
+
+def test_new_tokens_in_a_padded_vocabulary_start_as_the_mean(toy, theirs, ours, tmp_path):
+    base = worlds.make_base(tmp_path / "base", vocab_size=272)
+    changes = {"model.path": str(base), "data.template": "llama3", "data.max_length": 128}
+    started = Base(toy.config(**changes))
+    (first, *_) = new = started.chat.tokenizer.convert_tokens_to_ids(started.new_tokens)
+    assert len(new) == 3 and first < max(new) < 272
+    _, params, _ = started.build(make_mesh(1, 1, 1))
+    table = np.asarray(params["embed"]["embedding"])
+    np.testing.assert_allclose(table[new], np.tile(table[:first].mean(0), (3, 1)), rtol=1e-5, atol=1e-6)
+    tasks.train(toy.config(**SHORT, **changes), tmp_path / "run")
+    export(tmp_path / "run", out=tmp_path / "out")
+    np.testing.assert_allclose(theirs(tmp_path / "out"), ours(tmp_path / "run"), atol=1e-4)
 
 
 def test_an_exported_adapter_trains_further_from_where_it_was(toy, lora_run, tmp_path):
