@@ -170,17 +170,21 @@ def _copy(view: np.ndarray, into: np.ndarray) -> None:
         np.copyto(into[:, i : i + 64], view[:, i : i + 64], casting="unsafe")
 
 
-def resize_embeddings(params: Any, config: DecoderConfig, vocab: int) -> tuple[Any, DecoderConfig]:
-    """Room for `vocab` tokens: new rows of the embedding and the head are the mean of the old.
+def resize_embeddings(params: Any, config: DecoderConfig, vocab: int, new: Sequence[int] = ()) -> tuple[Any, DecoderConfig]:
+    """Room for `vocab` tokens, where the rows of the tokens `new`, and any that had none, start as the mean of those before them.
 
-    A vocabulary that is large enough already (Qwen pads its own) is left as it is.
+    A vocabulary that is large enough already (Qwen pads its own) keeps its size.
     """
-    if vocab <= config.vocab:
+    if vocab <= config.vocab and not new:
         return params, config
+    size, had = max([vocab, config.vocab, *(i + 1 for i in new)]), min([config.vocab, *new])
+    rows = np.array(sorted({*new, *range(config.vocab, size)}))
     leaves = tree.flatten(params)
     for path, axis in (("embed/embedding", 0), ("head/kernel", 1)):
         if path in leaves:
             old = leaves[path]
-            mean = old.astype(jnp.float32).mean(axis, keepdims=True).astype(old.dtype)
-            leaves[path] = jnp.concatenate([old, jnp.repeat(mean, vocab - config.vocab, axis)], axis)
-    return tree.unflatten(leaves), replace(config, vocab=vocab)
+            mean = jax.lax.slice_in_dim(old, 0, had, axis=axis).astype(jnp.float32).mean(axis, keepdims=True).astype(old.dtype)
+            room = [(0, size - config.vocab) if i == axis else (0, 0) for i in range(2)]
+            where = (rows,) if axis == 0 else (slice(None), rows)
+            leaves[path] = jnp.pad(old, room).at[where].set(mean)
+    return tree.unflatten(leaves), replace(config, vocab=size)

@@ -55,14 +55,22 @@ def load(
 ) -> Model:
     """Opens a local Hugging Face directory or a hub id, with a PEFT adapter over it where one is given. Raises UserError.
 
-    `dtype` is the compute dtype: None is bfloat16 on accelerators and float32 on a CPU.
+    `dtype` is the compute dtype: None is bfloat16 on accelerators and float32 on a CPU. A tokenizer and a chat template that lie
+    with the adapter are what it was trained with, and go before the base's.
     """
     directory = resolve(path, revision)
     config = load_config(directory)
     params = load_params(directory, config)
+    tokens = directory
+    template = None
     if adapter:
-        params = load_adapter(params, resolve(adapter, needs="adapter_config.json"))
-    tokenizer = load_tokenizer(directory, trust_remote_code, revision)
+        beside = resolve(adapter, needs="adapter_config.json")
+        params = load_adapter(params, beside)
+        tokens = beside if (beside / "tokenizer.json").is_file() else directory
+        template = beside / "chat_template.jinja"
+    tokenizer = load_tokenizer(tokens, trust_remote_code, revision)
+    if template and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     return Model(Decoder(config, compute_dtype(dtype)), params, tokenizer, config, directory)
 
 

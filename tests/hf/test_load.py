@@ -127,6 +127,19 @@ def test_new_tokens_get_the_mean_of_the_old(checkpoint, tied):
     assert resize_embeddings(params, config, 61) == (params, config)  # spare rows: nothing to do
 
 
+def test_new_tokens_in_a_padded_vocabulary_get_the_mean_of_the_tokens_before_them(checkpoint):
+    params, config = load(checkpoint("llama", tie_word_embeddings=False))
+    resized, same = resize_embeddings(params, config, 52, [50, 51])  # of 61 rows
+    assert same == config
+    for old, new in (
+        (params["embed"]["embedding"], resized["embed"]["embedding"]),
+        (params["head"]["kernel"].T, resized["head"]["kernel"].T),
+    ):
+        np.testing.assert_allclose(new[50:52], np.tile(old[:50].mean(0), (2, 1)), rtol=1e-5, atol=1e-6)
+        kept = np.r_[:50, 52:61]
+        np.testing.assert_array_equal(new[kept], old[kept])
+
+
 def test_resolve_says_what_is_wrong_with_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "file").touch()

@@ -107,7 +107,7 @@ def test_peft_keeps_the_runs_rank_and_alpha(toy, lora_run, tmp_path):
 
 def test_an_adapter_is_asked_through_the_template_it_was_trained_with(toy, tmp_path):
     template = tmp_path / "mine.jinja"
-    template.write_text(worlds.CHATML.replace("\\n", " : "))
+    template.write_text(worlds.CHATML.replace("\n", " : "))
     tasks.train(toy.config(**SHORT, **{"data.template": str(template)}), tmp_path / "run")
     export(tmp_path / "run", to="peft", out=tmp_path / "out")
     asked = [{"role": "user", "content": "what?"}]
