@@ -5,7 +5,7 @@
     examples.bin  bytes    what each row was made from, as JSON; example_offsets.npy
     rows.npy               per row: source, line, content hash, trained tokens, whether a terminator ends them
     rejected.jsonl         rows that could not be used, with the reason
-    meta.json              the source's files by name; written last
+    meta.json              the source's files by name, the sha256 of tokens and weights; written last
 
 A store holds every usable row of its source and decides nothing: splits, lengths and weights are applied when it is read,
 so changing them costs no tokenisation. It appears under its key by a rename, whole or not at all.
@@ -30,7 +30,7 @@ from sftjax.config import UserError
 from sftjax.data.example import Example, Message
 from sftjax.data.formats import Rejected
 
-VERSION = 2  # of what encoding a row means and how a store is laid out; part of every key
+VERSION = 3  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype([("source", "<i4"), ("line", "<i8"), ("key", "<u8"), ("trained", "<i8"), ("terminated", "?")])
 
 
@@ -54,6 +54,7 @@ class Store:
         meta = json.loads((path / "meta.json").read_text("utf-8"))
         today = dict(zip(meta["files"], files))
         self.sources = [today[name] for name in meta["sources"]]
+        self.tokens_sha256: str = meta["tokens_sha256"]
         self.rows = np.load(path / "rows.npy")
         self.offsets = np.load(path / "offsets.npy")
         self.example_offsets = np.load(path / "example_offsets.npy")
@@ -92,6 +93,7 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
     """Writes a store to the empty directory `path`, row by row; `files` are those the rows come from."""
     sources: dict[str, int] = {}
     facts, offsets, example_offsets = [], [0], [0]
+    digest = hashlib.sha256()
     with ExitStack() as stack:
         tokens, weights, examples = (
             stack.enter_context((path / f"{n}.bin").open("wb")) for n in ("tokens", "weights", "examples")
@@ -101,8 +103,10 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
             if isinstance(row, Rejected):
                 bad.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                 continue
-            tokens.write(row.ids.astype(np.int32).tobytes())
-            weights.write(row.weights.astype(np.float32).tobytes())
+            encoded = row.ids.astype(np.int32).tobytes(), row.weights.astype(np.float32).tobytes()
+            for file, part in zip((tokens, weights), encoded):
+                file.write(part)
+                digest.update(part)  # row by row, so that where a row ends counts too
             examples.write(row.example)
             offsets.append(offsets[-1] + len(row.ids))
             example_offsets.append(example_offsets[-1] + len(row.example))
@@ -111,8 +115,8 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
     np.save(path / "rows.npy", np.array(facts, ROW))
     np.save(path / "offsets.npy", np.array(offsets, np.int64))
     np.save(path / "example_offsets.npy", np.array(example_offsets, np.int64))
-    names = {"files": list(files), "sources": list(sources)}
-    (path / "meta.json").write_text(json.dumps(names, ensure_ascii=False), "utf-8")
+    meta = {"files": list(files), "sources": list(sources), "tokens_sha256": digest.hexdigest()}
+    (path / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), "utf-8")
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Splits:
 
     report = {"read", "kept", "dropped": {reason: rows}, "truncated", "unterminated", "eval_rows_in_train",
               "train" | "eval" | "test": {"rows", "tokens", "trained_tokens"},
-              "sources": [{"path", "weight", "rows", "sha256"}], "template_sha256", "tokenizer_sha256"}
+              "sources": [{"path", "weight", "rows", "sha256", "tokens_sha256"}], "template_sha256", "tokenizer_sha256"}
     """
 
     train: Rows
@@ -85,7 +85,9 @@ def build(config: ConfigDict, chat: Chat, *, rejected_path: Path | None = None, 
     for name, rows in (("train", train), ("eval", evaluation), ("test", test)):
         report[name] = {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
     report["sources"] = [
-        {"path": o.source.path, "weight": o.source.weight, "rows": len(o.store), "sha256": o.digest} for o in opened
+        {"path": o.source.path, "weight": o.source.weight, "rows": len(o.store)}
+        | {"sha256": o.digest, "tokens_sha256": o.store.tokens_sha256}
+        for o in opened
     ]
     report["template_sha256"] = sha256(chat.template or "")
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))

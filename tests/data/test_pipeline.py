@@ -23,7 +23,6 @@ def run(c, said=None, **kwargs):
         c,
         kwargs.pop("chat", None) or chat(loss_on=c.data.loss_on),
         say=said.append if said is not None else (lambda _: None),
-        **kwargs,
     )
 
 
@@ -48,15 +47,14 @@ def test_the_sum_adds_up_and_every_dropped_row_is_named(tmp_path):
     rows[5] = {"instruction": "Long", "output": "x" * 500}
     rows[7] = {"instruction": "", "output": "Answer"}
     c = config(tmp_path, rows, on_bad_row="skip")
-    rejected = tmp_path / "rejected.jsonl"
     said = []
-    report = run(c, said, rejected_path=rejected).report
+    got = run(c, said)
+    report = got.report
     assert report["read"] == 20 and report["kept"] == 17
     assert report["dropped"] == {"bad_row": 2, "overlong": 1}
     assert report["kept"] == sum(report[s]["rows"] for s in ("train", "eval", "test"))
-    found = [json.loads(line) for line in rejected.read_text().splitlines()]
-    assert sorted(r["line"] for r in found) == [4, 6, 8]
-    assert all(r["source"].endswith("train.jsonl") and r["reason"] for r in found)
+    assert sorted(r.line for r in got.rejected) == [4, 6, 8]
+    assert all(r.source.endswith("train.jsonl") and r.reason for r in got.rejected)
     assert any("train.jsonl:6" in line and "data.max_length=256" in line for line in said)
 
 
@@ -202,6 +200,15 @@ def test_an_entry_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt), cache.entry(tmp_path, "key") as place:
         cache.write(place, rows(), ["f"])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_of_tokens_is_of_what_rows_encode_to(tmp_path):
+    c = config(tmp_path, [row(i) for i in range(10)])
+    hashes = lambda **kw: [s["tokens_sha256"] for s in run(c, **kw).report["sources"]]  # noqa: E731
+    first = hashes()
+    c.data.cache_dir = str(tmp_path / "elsewhere")
+    assert hashes() == first  # tokenised again
+    assert len({*first, *hashes(chat=chat("llama3")), *hashes(chat=chat(loss_on="all"))}) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_told_with_a_way_out(tmp_path):

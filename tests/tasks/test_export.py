@@ -14,8 +14,8 @@ from sftjax.config import UserError
 from sftjax.generate.chat import open_engine
 from sftjax.hf.verify import score
 from sftjax.sharding import make_mesh
-from sftjax.tasks.export import export, read_config, restore
 from sftjax.tasks.base import Base
+from sftjax.tasks.export import export, read_config, restore
 
 ROWS = [[256, 5, 9, 33, 2, 60, 7, 200, 31, 31, 4, 257], [1, 2, 3, 100, 99]]
 SHORT = {"train.steps": 4, "train.eval_every": 0}
