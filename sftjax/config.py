@@ -2,6 +2,7 @@
 
 A config file is a module with `get_config()` that starts from `default()` and changes what it needs. On the command
 line `--config=FILE --config.optim.lr=1e-4` overrides any key; an unknown key is an error that names the nearest one.
+A value has the type of its default; one outside its range, or one that another setting makes useless, is refused.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import math
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 
 
 class UserError(Exception):
@@ -22,17 +26,20 @@ class UserError(Exception):
 
 
 def default() -> ConfigDict:
-    """Every key there is, with its default. `None` means "decide from the rest", as the comment beside it says."""
+    """Every key there is, with its default.
+
+    `placeholder(type)` is None, which means "decide from the rest" as the comment beside it says, or a value of that type.
+    """
     c = ConfigDict()
     c.task = "sft"  # sft | pretrain | classify
     c.seed = 0  # of everything random: init, order, dropout, noise, sampling
 
     c.model = ConfigDict()
     c.model.path = ""  # a local Hugging Face directory or a hub id
-    c.model.revision = None  # of a hub id
+    c.model.revision = placeholder(str)  # of a hub id
     c.model.trust_remote_code = False  # lets the tokenizer run code from the checkpoint
-    c.model.adapter = None  # a PEFT adapter directory to start from (method lora)
-    c.model.dtype = None  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
+    c.model.adapter = placeholder(str)  # a PEFT adapter directory to start from (method lora)
+    c.model.dtype = placeholder(str)  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
     c.model.scan = True  # one compiled layer body; False unrolls it
     c.model.remat = "dots"  # the backward pass recomputes: none = nothing, dots = all but products and attention, full = layers
 
@@ -41,29 +48,29 @@ def default() -> ConfigDict:
     c.lora.rank = 16
     c.lora.alpha = 32.0
     c.lora.dropout = 0.0
-    c.lora.targets = "all-linear"  # all-linear, or names and regexes: ("q_proj", "v_proj")
+    c.lora.targets = anything("all-linear")  # all-linear, or names and regexes: ("q_proj", "v_proj")
     c.lora.rslora = False  # scale alpha / sqrt(rank), arXiv:2312.03732
     c.freeze = ConfigDict()
     c.freeze.last_n_layers = 0  # train these last decoder layers ...
-    c.freeze.train = ()  # ... and leaves whose path (layers/attn/q/bias, head/kernel) one of these regexes finds
+    c.freeze.train = anything(())  # ... and leaves whose path (layers/attn/q/bias, head/kernel) one of these regexes finds
 
     c.data = ConfigDict()
-    c.data.train = ()  # a path, glob, directory or hub id; several; or {"path":, "weight":, "format":, "columns":}
-    c.data.eval = None  # held-out rows; None = split off from train
+    c.data.train = anything(())  # a path, glob, directory or hub id; several; or {"path":, "weight":, "format":, "columns":}
+    c.data.eval = anything(None)  # held-out rows, as data.train; None = split off from train
     c.data.split = (8, 1, 1)  # train : eval : test where eval is None; by content, so duplicates stay together
     c.data.format = "auto"  # alpaca | sharegpt | messages | prompt_completion | label | text
     c.data.columns = ConfigDict()  # canonical name -> the file's own column, e.g. {"instruction": "question"}
     c.data.roles = ConfigDict()  # the file's role -> the template's role, e.g. {"human": "user"}
-    c.data.system = None  # a system prompt for rows that have none
+    c.data.system = placeholder(str)  # a system prompt for rows that have none
     c.data.label_prompt = "{text}"  # format label: the user's turn, with {text} and {labels}
-    c.data.template = None  # a built-in name (chatml, llama3) or a .jinja file; None = the model's own, else chatml
+    c.data.template = placeholder(str)  # a built-in name (chatml, llama3) or a .jinja file; None = the model's own, else chatml
     c.data.loss_on = "answers"  # answers | last_answer | all
     c.data.max_length = 1024
     c.data.packing = True
     c.data.on_bad_row = "error"  # error | skip (to rejected.jsonl)
     c.data.on_overlong = "drop"  # drop | truncate | error
-    c.data.workers = None  # tokenising processes; None = one a core
-    c.data.cache_dir = None  # None = ~/.cache/sftjax/data
+    c.data.workers = placeholder(int)  # tokenising processes; None = one a core
+    c.data.cache_dir = placeholder(str)  # None = ~/.cache/sftjax/data
 
     c.loss = ConfigDict()
     c.loss.label_smoothing = 0.0
@@ -73,7 +80,9 @@ def default() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adam | sgd | lion | adafactor | muon
     c.optim.lr = 2e-4
-    c.optim.lr_width = None  # the width that lr is meant for: width D trains with lr * lr_width / D (arXiv:2203.03466)
+    c.optim.lr_width = placeholder(
+        int
+    )  # the width that lr is meant for: width D trains with lr * lr_width / D (arXiv:2203.03466)
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
@@ -86,19 +95,19 @@ def default() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.epochs = 1.0  # used where steps is None
-    c.train.steps = None
+    c.train.steps = placeholder(int)
     c.train.batch_size = 8  # rows of max_length a step, over all devices
-    c.train.micro_batch = None  # rows at a time; None = batch_size, more are accumulated by tokens
+    c.train.micro_batch = placeholder(int)  # rows at a time; None = batch_size, more are accumulated by tokens
     c.train.log_every = 10
-    c.train.eval_every = None  # steps; None = five times a run; 0 = only at the end
-    c.train.save_every = None  # steps; None = as eval_every; 0 = only at the end
+    c.train.eval_every = placeholder(int)  # steps; None = five times a run; 0 = only at the end
+    c.train.save_every = placeholder(int)  # steps; None = as eval_every; 0 = only at the end
     c.train.keep = 2  # last checkpoints kept, beside the best
     c.train.patience = 0  # evaluations without improvement before stopping; 0 = never
     c.train.max_bad_steps = 5  # non-finite updates in a row before the run stops
     c.train.tensorboard = True
 
     c.eval = ConfigDict()
-    c.eval.batch_size = None  # None = micro_batch
+    c.eval.batch_size = placeholder(int)  # None = micro_batch
     c.eval.generate = 0  # held-out prompts answered before and after training; 0 = none
     c.eval.max_new_tokens = 128
 
@@ -110,6 +119,11 @@ def default() -> ConfigDict:
     c.data.columns.unlock()
     c.data.roles.unlock()
     return c
+
+
+def anything(value: Any) -> FieldReference:
+    """One text or several: no type says so, `check` does."""
+    return FieldReference(value, field_type=object)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ConfigDict:
@@ -149,56 +163,79 @@ def mistake(e: Exception) -> str:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets dotted `key` from its command-line text, in the type of the value it replaces."""
-    known = dict(flatten(config))
-    parent = key.rpartition(".")[0]
-    free = parent in ("data.columns", "data.roles")
-    if key not in known and not free:
+    """Sets dotted `key` from its command-line text, in the type of its default."""
+    known = dict(flatten(default()))
+    parent, _, name = key.rpartition(".")
+    if key not in known and parent not in NAMED_FREELY:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean --config.{near[0]}?" if near else ""
         raise UserError(f"--config.{key}: no such key{hint}")
     node = config
-    *path, name = key.split(".")
-    for part in path:
+    for part in parent.split(".") if parent else ():
         node = node[part]
-    value = parse(key, text, known.get(key, ""))
+    may_be_none = key in known and known[key] is None
+    value = None if may_be_none and text.lower() == "none" else parse(key, text, kind(key))
     with node.unlocked(), node.ignore_type():
         node[name] = value
 
 
-def parse(key: str, text: str, old: Any) -> Any:
-    """`text` as a value of the kind `old` is; raises UserError where it is not one."""
+def kind(key: str) -> type:
+    """The type of a key's values: of its default, or the one that its placeholder names."""
+    node: Any = default()
+    *path, name = key.split(".")
+    if key.rpartition(".")[0] in NAMED_FREELY:
+        return str
+    for part in path:
+        node = node[part]
+    return node.get_type(name)
+
+
+def parse(key: str, text: str, kind: type) -> Any:
+    """`text` as a value of type `kind`, object being one text or several. Raises UserError where it is none."""
+    if kind is str:
+        return text
     try:
         literal = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        literal = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if isinstance(old, bool) and not isinstance(literal, bool):
+        literal = {"true": True, "false": False}.get(text.lower(), text)
+    number = isinstance(literal, (int, float)) and not isinstance(literal, bool)
+    if kind is object:
+        cut = parts(text)
+        return literal if isinstance(literal, (tuple, list, dict)) else text if cut == (text,) else cut
+    if kind is bool and not isinstance(literal, bool):
         raise UserError(f"--config.{key}={text}: needs true or false")
-    if isinstance(old, (int, float)) and not isinstance(old, bool):
-        if isinstance(literal, bool) or not isinstance(literal, (int, float)):
-            raise UserError(f"--config.{key}={text}: needs a number")
-        if isinstance(old, int) and not float(literal).is_integer():
-            raise UserError(f"--config.{key}={text}: needs a whole number")
-        return type(old)(literal)
-    if isinstance(old, str):
-        return text
-    if isinstance(old, tuple) and isinstance(literal, str):
-        literal = tuple(part for part in literal.split(",") if part)
-    if key == "data.split" and not (isinstance(literal, (tuple, list)) and all(isinstance(x, (int, float)) for x in literal)):
+    if kind in (int, float) and not number:
+        raise UserError(f"--config.{key}={text}: needs a number")
+    if kind is int and not float(literal).is_integer():
+        raise UserError(f"--config.{key}={text}: needs a whole number")
+    if kind is tuple and not numbers(literal):
         raise UserError(f"--config.{key}={text}: needs numbers, e.g. 8,1,1")
-    return literal
+    if kind is ConfigDict and not isinstance(literal, dict):
+        raise UserError(f"--config.{key}={text}: needs a name after it, --config.{key}.NAME={text}")
+    return kind(literal)
+
+
+def parts(value: str | Sequence[str]) -> tuple[str, ...]:
+    """("q_proj", "v_proj") of "q_proj,v_proj". A comma inside brackets cuts nothing: "(q|k){1,2}_proj" is one."""
+    return tuple(filter(None, re.split(r",(?![^(\[{]*[)\]}])", value))) if isinstance(value, str) else tuple(value)
+
+
+def numbers(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(x, (int, float)) for x in value)
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
     """Dotted key and value of every leaf, in the schema's order."""
     out: list[tuple[str, Any]] = []
     for key, value in config.items():
-        if isinstance(value, ConfigDict) and len(value):
+        if isinstance(value, ConfigDict) and prefix + key not in (*NAMED_FREELY, "data.train", "data.eval"):
             out += flatten(value, f"{prefix}{key}.")
         else:
             out.append((prefix + key, value))
     return out
 
+
+NAMED_FREELY = ("data.columns", "data.roles")  # the user's own names stand below these
 
 CHOICES = {
     "task": ("sft", "pretrain", "classify"),
@@ -213,10 +250,22 @@ CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
 }
 
-AT_LEAST = {  # None, where a key may be None, is decided elsewhere
+AT_LEAST = {
+    "seed": 0,
     "lora.rank": 1,
     "freeze.last_n_layers": 0,
     "data.max_length": 2,
+    "data.workers": 1,
+    "loss.z_loss": 0,
+    "loss.neftune_alpha": 0,
+    "optim.lr": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip": 0,
+    "optim.warmup": 0,
+    "optim.decay": 0,
+    "optim.final_lr": 0,
+    "optim.lr_width": 1,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.micro_batch": 1,
@@ -230,21 +279,84 @@ AT_LEAST = {  # None, where a key may be None, is decided elsewhere
     "eval.generate": 0,
     "eval.max_new_tokens": 1,
 }
+ABOVE_0 = ("lora.alpha", "train.epochs")
+SHARES = ("lora.dropout", "loss.label_smoothing", "optim.b1", "optim.b2")
+
+GIVEN = "given"  # any value but none
+# keys, and the settings of others with which they would be accepted and ignored
+USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("model.adapter",), {"method": ("full", "freeze")}),
+    (("lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "lora.rslora"), {"method": ("full", "freeze")}),
+    (("lora.rank", "lora.alpha", "lora.targets", "lora.rslora"), {"model.adapter": GIVEN}),  # it brings its own
+    (("freeze.last_n_layers", "freeze.train"), {"method": ("lora", "full")}),
+    (("loss.neftune_alpha", "eval.generate", "data.loss_on", "data.template"), {"task": ("pretrain",)}),
+    (("data.on_overlong",), {"task": ("pretrain",), "data.packing": (True,)}),  # documents are cut to fill rows
+    (("data.label_prompt",), {"data.format": ("alpaca", "sharegpt", "messages", "prompt_completion", "text")}),
+    (("data.split",), {"data.eval": GIVEN}),
+    (("optim.decay",), {"optim.schedule": ("cosine", "linear", "constant")}),
+    (("optim.final_lr",), {"optim.schedule": ("constant",)}),
+    (("optim.b1",), {"optim.name": ("adafactor",)}),
+    (("optim.b2",), {"optim.name": ("adafactor", "sgd")}),
+    (("optim.eps",), {"optim.name": ("adafactor", "sgd", "lion")}),
+    (("train.patience",), {"train.eval_every": (0,)}),
+)
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values outside their choices and combinations that mean nothing, naming both. Raises UserError."""
-    values = dict(flatten(config))
+    """Refuses values outside their choices and ranges, and combinations that mean nothing, naming both. Raises UserError."""
+    values, defaults = dict(flatten(config)), dict(flatten(default()))
+    for key, value in values.items():
+        if value is None and defaults[key] is not None:
+            raise UserError(f"--config.{key}=None: needs a value, e.g. {defaults[key]}")
+    check_values(values)
+    for keys, others in USELESS:
+        if all(bool(values[o]) if which == GIVEN else values[o] in which for o, which in others.items()):
+            told = " and ".join(f"--config.{o}={shown(values[o])}" for o in others)
+            for key in keys:
+                if values[key] != defaults[key]:
+                    raise UserError(
+                        f"--config.{key}={shown(values[key])}: means nothing with {told}; "
+                        f"change that, or leave --config.{key}={shown(defaults[key])}"
+                    )
+    if values["task"] == "classify" and values["data.format"] != "label":
+        raise UserError(
+            f"--config.data.format={values['data.format']}: --config.task=classify learns rows of text and label, "
+            "--config.data.format=label; for any other there is --config.task=sft"
+        )
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """Each value by itself. None, where a key may be None, is decided elsewhere."""
+
+    def refuse(key: str, why: str) -> None:
+        raise UserError(f"--config.{key}={shown(values[key])}: needs {why}")
+
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             near = difflib.get_close_matches(str(values[key]), [str(a) for a in allowed], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--config.{key}={values[key]}: needs one of {', '.join(map(str, allowed))}{hint}")
+            refuse(key, f"one of {', '.join(map(str, allowed))}" + (f"; did you mean {near[0]}?" if near else ""))
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(key, "a finite number")
     for key, least in AT_LEAST.items():
         if values[key] is not None and values[key] < least:
-            raise UserError(f"--config.{key}={values[key]}: needs at least {least}")
-    for key in ("lora.dropout", "loss.label_smoothing"):
+            refuse(key, f"at least {least}")
+    for key in ABOVE_0:
+        if values[key] <= 0:
+            refuse(key, "more than 0")
+    for key in SHARES:
         if not 0 <= values[key] < 1:
-            raise UserError(f"--config.{key}={values[key]}: needs a share, at least 0 and below 1")
-    if values["model.adapter"] and values["method"] != "lora":
-        raise UserError(f"--config.model.adapter={values['model.adapter']}: only --config.method=lora trains an adapter further")
+            refuse(key, "a share, at least 0 and below 1")
+    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        if values[key] < 1 and values[key] != -1:
+            refuse(key, "at least 1, or -1 for the rest of the devices")
+    for key in ("lora.targets", "freeze.train"):
+        if not (isinstance(values[key], (str, tuple, list)) and all(isinstance(x, str) for x in values[key])):
+            refuse(key, "a name or names, e.g. q_proj,v_proj")
+    if not numbers(values["data.split"]):
+        refuse("data.split", "numbers, e.g. 8,1,1")
+
+
+def shown(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

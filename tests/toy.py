@@ -50,8 +50,6 @@ class Toy:
         self.data = write_rows(root / "colours.jsonl", self.rows)
         self.settings: dict[str, Any] = {
             "model.path": str(self.base),
-            "lora.rank": 4,
-            "lora.alpha": 8.0,
             "data.train": (str(self.data),),
             "data.cache_dir": str(root / "cache"),
             "data.max_length": 64,
@@ -79,8 +77,7 @@ class Toy:
             node = c
             for part in path:
                 node = node[part]
-            with node.ignore_type():
-                node[name] = value
+            node[name] = value
         return c
 
     def argv(self, workdir: Path, changes: dict[str, Any], *flags: str) -> list[str]:

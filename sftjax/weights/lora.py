@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sftjax import tree
-from sftjax.config import UserError
+from sftjax.config import UserError, parts
 from sftjax.weights.kinds import LowRank, dense
 
 # our modules in the words users know: those of Hugging Face checkpoints
@@ -51,6 +51,8 @@ def lora(
     if rank < 1:
         raise UserError(f"lora.rank={rank}: needs at least 1")
     chosen = match(params, targets)
+    if dropout and "head/kernel" in chosen:  # losses apply the head block by block, without a key
+        raise UserError(f"lora.dropout={dropout}: does not reach lm_head, which lora.targets names; leave one of them out")
     scale = alpha / rank**0.5 if rslora else alpha / rank
 
     def leaf(path: str, w: Any) -> Any:
@@ -72,10 +74,10 @@ def merge(params: Any) -> Any:
 def match(params: Any, targets: str | Sequence[str]) -> set[str]:
     """Paths of the kernels that `targets` names."""
     modules = {path: module_name(path) for path in tree.flatten(params) if module_name(path)}
-    if targets == "all-linear":
+    if parts(targets) == ("all-linear",):
         return {path for path, name in modules.items() if name != "lm_head"}
     chosen: set[str] = set()
-    for target in filter(None, targets.split(",")) if isinstance(targets, str) else targets:
+    for target in parts(targets):
         try:
             found = {path for path, name in modules.items() if re.search(rf"(^|\.)(?:{target})$", name)}
         except re.error as e:

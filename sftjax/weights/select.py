@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sftjax import tree
-from sftjax.config import UserError
+from sftjax.config import UserError, parts
 from sftjax.weights.kinds import LowRank
 
 
@@ -33,11 +33,15 @@ def low_rank(params: Any, also: Sequence[str] = ()) -> Any:
     return tree.map_leaves(leaf, params)
 
 
-def named(params: Any, patterns: Sequence[str], last_n_layers: int) -> Any:
+def named(params: Any, patterns: str | Sequence[str], last_n_layers: int) -> Any:
     """Leaves whose path (`head/kernel`, `layers/attn/q/bias`) a regex finds, and the last n layers where they were cut off."""
-    paths = tree.flatten(params)
+    paths, patterns = tree.flatten(params), parts(patterns)
     for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
+        try:
+            found = any(re.search(pattern, path) for path in paths)
+        except re.error as e:
+            raise UserError(f"freeze.train: {pattern!r} is not a regular expression ({e})") from e
+        if not found:
             raise UserError(f"freeze.train: nothing matches {pattern!r}; the leaves are {', '.join(paths)}")
 
     def leaf(path: str, w: Any) -> bool:

@@ -82,6 +82,7 @@ MLP = {f"layers/mlp/{x}/kernel" for x in ("gate", "up", "down")}
         ("q_proj", {"layers/attn/q/kernel"}),
         (["q_proj", "v_proj"], {"layers/attn/q/kernel", "layers/attn/v/kernel"}),
         (["lm_head"], {"head/kernel"}),
+        ("(q|k){1,1}_proj,lm_head", {"layers/attn/q/kernel", "layers/attn/k/kernel", "head/kernel"}),
         (r"mlp\.\w+", MLP),
         (r".*\.(k|o)_proj", {"layers/attn/k/kernel", "layers/attn/o/kernel"}),
         (["self_attn.q_proj", "(gate|up)_proj"], {"layers/attn/q/kernel", "layers/mlp/gate/kernel", "layers/mlp/up/kernel"}),
@@ -98,6 +99,7 @@ def test_targets(targets, chosen):
         ({"targets": ["proj"]}, "nothing is named 'proj'"),
         ({"targets": ["(q_proj"]}, "not a regular expression"),
         ({"rank": 0}, "lora.rank=0"),
+        ({"dropout": 0.1, "targets": "q_proj,lm_head"}, "lora.dropout=0.1: does not reach lm_head, which lora.targets names"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -43,6 +43,9 @@ def test_named_leaves_and_the_last_layers():
     assert last == {path for path in tree.flatten(cut) if path.startswith("layers/")}
     with pytest.raises(UserError, match="nothing matches 'haed'; the leaves are embed/embedding"):
         select.named(p, ["haed"], 0)
+    with pytest.raises(UserError, match=r"freeze.train: '\(bias' is not a regular expression"):
+        select.named(p, ["(bias"], 0)
+    assert trained(p, select.named(p, "final_norm,head", 0)) == {"final_norm/scale", "head/kernel"}
 
 
 @pytest.mark.parametrize("n", [-1, 0, 4])

@@ -1,0 +1,197 @@
+"""The schema's laws: every key survives its own text, has a type and a range, and none is accepted and ignored."""
+
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from sftjax.config import USELESS, UserError, check, default, flatten, load, override, shown
+
+DEFAULTS = dict(flatten(default()))
+
+
+def told(*changes):
+    """What `check` says of command-line `key=value`s."""
+    c = default()
+    with pytest.raises(UserError) as refused:
+        for change in changes:
+            key, _, text = change.partition("=")
+            override(c, key, text)
+        check(c)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_every_key_round_trips_from_its_text(key):
+    for text in (shown(DEFAULTS[key]), str(DEFAULTS[key])):
+        c = default()
+        override(c, key, text)
+        got, was = (dict(v) if isinstance(v, ConfigDict) else v for v in (dict(flatten(c))[key], DEFAULTS[key]))
+        assert got == was
+        check(c)
+
+
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if value is None])
+def test_a_key_that_may_be_none_can_be_set_and_unset(key):
+    set_to = {"model.dtype": "float32"}.get(key, "3")
+    c = default()
+    override(c, key, set_to)
+    assert str(dict(flatten(c))[key]) == set_to
+    override(c, key, "none")
+    assert dict(flatten(c))[key] is None
+
+
+REFUSED = [
+    ("train.steps=abc", "needs a number"),
+    ("train.steps=1.5", "needs a whole number"),
+    ("train.micro_batch=2.5", "needs a whole number"),
+    ("eval.batch_size=x", "needs a number"),
+    ("eval.batch_size=0", "needs at least 1"),
+    ("data.workers=two", "needs a number"),
+    ("optim.lr_width=abc", "needs a number"),
+    ("optim.lr_width=0", "needs at least 1"),
+    ("optim.lr=-1", "needs at least 0"),
+    ("optim.lr=1e999", "needs a finite number"),
+    ("optim.lr=nan", "needs a number"),
+    ("optim.warmup=-5", "needs at least 0"),
+    ("optim.clip=-1", "needs at least 0"),
+    ("optim.final_lr=-1", "needs at least 0"),
+    ("optim.b1=1", "needs a share"),
+    ("loss.neftune_alpha=-5", "needs at least 0"),
+    ("loss.label_smoothing=1", "needs a share"),
+    ("lora.dropout=-0.1", "needs a share"),
+    ("lora.alpha=0", "needs more than 0"),
+    ("train.epochs=-1", "needs more than 0"),
+    ("seed=-1", "needs at least 0"),
+    ("mesh.data=0", "needs at least 1, or -1"),
+    ("mesh.fsdp=-2", "needs at least 1, or -1"),
+    ("data.split=a,b", "needs numbers"),
+    ("data.columns=text", "--config.data.columns.NAME=text"),
+    ("lora.rank=none", "needs a number"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", REFUSED)
+def test_a_value_of_another_type_or_range_is_refused(change, sentence):
+    said = told(change)
+    key, _, text = change.partition("=")
+    assert re.match(rf"--config\.{key}=({re.escape(text)}|[\w.-]+): ", said)
+    assert sentence in said
+
+
+def test_text_stays_text():
+    c = default()
+    override(c, "model.revision", "123")
+    override(c, "data.system", "42")
+    assert (c.model.revision, c.data.system) == ("123", "42")
+
+
+FILE = "from sftjax.config import default\ndef get_config():\n    c = default()\n    {}\n    return c\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'c.lora.targets = ("q_proj", "v_proj")',
+        'c.lora.targets = "q_proj"',
+        'c.data.train = "x.jsonl"',
+        'c.data.train = ("x.jsonl", {"path": "y.jsonl", "weight": 2})',
+        'c.data.train = {"path": "y.jsonl", "weight": 2}',
+        'c.data.eval = ["x.jsonl"]',
+        'c.method, c.freeze.train = "freeze", "bias"',
+        'c.method, c.freeze.train = "freeze", ("bias", "norm")',
+        "c.train.steps = 7",
+        "c.optim.lr = 1",
+    ],
+)
+def test_a_config_file_may_say_what_the_schema_says(line, tmp_path):
+    (tmp_path / "c.py").write_text(FILE.format(line))
+    load(tmp_path / "c.py")
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("c.train.steps = 'abc'", ":4: Could not override field 'steps'"),
+        ("c.eval.batch_size = 1.5", ":4: Could not override field 'batch_size'"),
+        ("c.optim.lr = -1.0", "--config.optim.lr=-1.0: needs at least 0"),
+        ("c.lora.rank = None", "--config.lora.rank=None: needs a value"),
+        ("c.lora.targets = 3", "--config.lora.targets=3: needs a name or names"),
+        ("c.data.split = ('a',)", "--config.data.split=a: needs numbers"),
+    ],
+)
+def test_a_config_file_is_held_to_the_same(line, sentence, tmp_path):
+    (tmp_path / "c.py").write_text(FILE.format(line))
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "c.py")
+    assert sentence in str(refused.value)
+
+
+def test_commas_part_names_but_not_what_is_in_brackets():
+    c = default()
+    override(c, "data.train", "a.jsonl,b.jsonl")
+    override(c, "data.eval", "c.jsonl,d.jsonl")
+    override(c, "freeze.train", "bias")
+    override(c, "lora.targets", "(q|k){1,2}_proj,v_proj")
+    assert (c.data.train, c.data.eval) == (("a.jsonl", "b.jsonl"), ("c.jsonl", "d.jsonl"))
+    assert c.freeze.train == "bias"
+    assert c.lora.targets == ("(q|k){1,2}_proj", "v_proj")
+
+
+# Combinations: for each key of the table a value that is not its default
+
+OTHER = {
+    "model.adapter": "adapter",
+    "lora.rank": "8",
+    "lora.alpha": "8",
+    "lora.dropout": "0.1",
+    "lora.targets": "q_proj",
+    "lora.rslora": "true",
+    "freeze.last_n_layers": "1",
+    "freeze.train": "bias",
+    "loss.neftune_alpha": "5",
+    "eval.generate": "8",
+    "data.loss_on": "all",
+    "data.template": "chatml",
+    "data.on_overlong": "error",
+    "data.label_prompt": "which? {text}",
+    "data.split": "9,1,0",
+    "data.eval": "held.jsonl",
+    "optim.decay": "0.2",
+    "optim.final_lr": "0.1",
+    "optim.b1": "0.8",
+    "optim.b2": "0.95",
+    "optim.eps": "1e-6",
+    "train.patience": "3",
+}
+PAIRS = [
+    (key, {option: OTHER[option] if which == "given" else str(which[0]) for option, which in others.items()})
+    for keys, others in USELESS
+    for key in keys
+]
+
+
+@pytest.mark.parametrize("key, others", PAIRS, ids=[f"{key}, {' '.join(others.values())}" for key, others in PAIRS])
+def test_a_key_that_would_be_ignored_is_refused_with_what_makes_it_so(key, others):
+    said = told(f"{key}={OTHER[key]}", *(f"{option}={value}" for option, value in others.items()))
+    assert said.startswith(f"--config.{key}=")
+    assert all(f"--config.{option}={value}" in said for option, value in others.items())
+
+
+@pytest.mark.parametrize("key, others", PAIRS, ids=[f"{key}, {' '.join(others.values())}" for key, others in PAIRS])
+def test_neither_of_the_two_is_refused_alone(key, others):
+    needs = {"freeze.last_n_layers": ["method=freeze"], "freeze.train": ["method=freeze"], "optim.decay": ["optim.schedule=wsd"]}
+    for changes in ([f"{key}={OTHER[key]}", *needs.get(key, [])], [f"{option}={value}" for option, value in others.items()]):
+        c = default()
+        for change in changes:
+            override(c, *change.split("=", 1))
+        check(c)
+
+
+def test_classification_takes_labels_only():
+    assert "--config.data.format=auto" in told("task=classify") and "--config.task=classify" in told("task=classify")
+    assert "--config.task=classify" in told("task=classify", "data.format=messages")
+    c = default()
+    override(c, "task", "classify")
+    override(c, "data.format", "label")
+    check(c)
