@@ -44,7 +44,7 @@ def test_the_whole_road(toy, sftjax, tmp_path):
     short = ["--config.train.steps=3", "--config.train.eval_every=0"]
     code, said, err = sftjax("train", f"--config={toy.config_file}", f"--workdir={run}", *short)
     assert (code, err) == (0, "")
-    assert "training 5,568 of 45,392 parameters" in said
+    assert "training 22,272 of 62,096 parameters" in said
     assert said.splitlines()[-1] == f"next: sftjax export --workdir={run} --to=hf --out=DIR"
     code, said, err = sftjax("export", f"--workdir={run}", f"--out={out}", "--dtype", "bfloat16")
     assert (code, err) == (0, "")
