@@ -32,7 +32,6 @@ SHAPE = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
 }
-FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sky": "blue", "a lemon": "yellow"}
 
 
@@ -104,6 +103,7 @@ def make_base(directory: Path, family: str = "qwen3", **changes: Any) -> Path:
     from sftjax.hf.load import load_config
     from sftjax.hf.save import save
     from sftjax.models.decoder import init
+    from sftjax.models.families import FAMILIES
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({t: i for i, t in enumerate(alphabet)}, []))
@@ -114,7 +114,7 @@ def make_base(directory: Path, family: str = "qwen3", **changes: Any) -> Path:
     tokenizer.chat_template = CHATML
     source = directory.with_name(directory.name + "_config")
     tokenizer.save_pretrained(source)
-    raw = SHAPE | {"model_type": family, "architectures": [FAMILIES[family]], "vocab_size": len(tokenizer), **changes}
+    raw = SHAPE | {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": len(tokenizer), **changes}
     (source / "config.json").write_text(json.dumps(raw | {"eos_token_id": tokenizer.eos_token_id}))
 
     def leaf(path: str, x: jax.Array) -> jax.Array:

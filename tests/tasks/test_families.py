@@ -1,0 +1,34 @@
+"""Every method on every family: the loss falls, and the checkpoint that comes out says what the run says."""
+
+import pytest
+import toy as worlds
+
+from sftjax import tasks
+from sftjax.models.families import FAMILIES
+from sftjax.tasks.export import export
+
+METHODS = {
+    "lora": {},
+    "full": {"method": "full", "optim.lr": 3e-3},
+    "freeze": {"method": "freeze", "freeze.last_n_layers": 2, "optim.lr": 1e-2},
+}
+# what sets a family apart, at its most demanding
+OWN = {
+    "llama": {"tie_word_embeddings": True, "attention_bias": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory):
+    return worlds.make_base(tmp_path_factory.mktemp(request.param) / "base", request.param, **OWN[request.param])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_lowers_the_loss_and_comes_out_whole(toy, base, method, tmp_path):
+    changes = {"model.path": str(base), "train.steps": 6, "train.eval_every": 0, "train.log_every": 6}
+    summary = tasks.train(toy.config(**METHODS[method] | changes), tmp_path / "run")
+    assert summary["eval_loss"] < 0.85 * summary["eval_loss_before"]
+    assert export(tmp_path / "run", out=tmp_path / "out") < 1e-4  # it raises where more than rounding differs
