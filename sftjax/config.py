@@ -208,7 +208,7 @@ def parse(key: str, text: str, kind: type) -> Any:
         raise UserError(f"--config.{key}={text}: needs a number")
     if kind is int and not float(literal).is_integer():
         raise UserError(f"--config.{key}={text}: needs a whole number")
-    if kind is tuple and not numbers(literal):
+    if kind is tuple and not shares(literal):
         raise UserError(f"--config.{key}={text}: needs numbers, e.g. 8,1,1")
     if kind is ConfigDict and not isinstance(literal, dict):
         raise UserError(f"--config.{key}={text}: needs a name after it, --config.{key}.NAME={text}")
@@ -220,8 +220,9 @@ def parts(value: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(filter(None, re.split(r",(?![^(\[{]*[)\]}])", value))) if isinstance(value, str) else tuple(value)
 
 
-def numbers(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(x, (int, float)) for x in value)
+def shares(value: Any) -> bool:
+    """Is it train : eval : test, or less of it?"""
+    return isinstance(value, (tuple, list)) and len(value) in (1, 2, 3) and all(isinstance(x, (int, float)) for x in value)
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
@@ -279,6 +280,7 @@ AT_LEAST = {
     "eval.generate": 0,
     "eval.max_new_tokens": 1,
 }
+AT_MOST = {"seed": 2**32 - 1, "optim.decay": 1, "optim.final_lr": 1}
 ABOVE_0 = ("lora.alpha", "train.epochs")
 SHARES = ("lora.dropout", "loss.label_smoothing", "optim.b1", "optim.b2")
 
@@ -341,6 +343,9 @@ def check_values(values: dict[str, Any]) -> None:
     for key, least in AT_LEAST.items():
         if values[key] is not None and values[key] < least:
             refuse(key, f"at least {least}")
+    for key, most in AT_MOST.items():
+        if values[key] > most:
+            refuse(key, f"at most {most}")
     for key in ABOVE_0:
         if values[key] <= 0:
             refuse(key, "more than 0")
@@ -353,7 +358,7 @@ def check_values(values: dict[str, Any]) -> None:
     for key in ("lora.targets", "freeze.train"):
         if not (isinstance(values[key], (str, tuple, list)) and all(isinstance(x, str) for x in values[key])):
             refuse(key, "a name or names, e.g. q_proj,v_proj")
-    if not numbers(values["data.split"]):
+    if not shares(values["data.split"]):
         refuse("data.split", "numbers, e.g. 8,1,1")
 
 

@@ -63,9 +63,12 @@ REFUSED = [
     ("lora.alpha=0", "needs more than 0"),
     ("train.epochs=-1", "needs more than 0"),
     ("seed=-1", "needs at least 0"),
+    ("seed=4294967296", "needs at most 4294967295"),
+    ("optim.decay=2", "needs at most 1"),
     ("mesh.data=0", "needs at least 1, or -1"),
     ("mesh.fsdp=-2", "needs at least 1, or -1"),
     ("data.split=a,b", "needs numbers"),
+    ("data.split=8,1,1,1", "needs numbers"),
     ("data.columns=text", "--config.data.columns.NAME=text"),
     ("lora.rank=none", "needs a number"),
 ]
