@@ -5,10 +5,7 @@ read = kept + bad_row + overlong + trains_nothing + truncated_to_nothing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,13 +105,6 @@ class Ledger:
         """`file:line` of the first few."""
         found = np.flatnonzero(which).tolist()
         return ", ".join(self.where(i) for i in found[:most]) + (", ..." if len(found) > most else "")
-
-    def write_rejected(self, path: Path) -> None:
-        """Rows that cannot be used and rows that were dropped, one JSON object each: source, line, field, reason."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as f:
-            for row in self.rejected + self.dropped():
-                f.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
     def announce(self, say: Callable[[str], None]) -> None:
         """Says, with rows to look at, all that a user might not expect."""

@@ -24,7 +24,7 @@ from sftjax.data import cache
 from sftjax.data.cache import Store
 from sftjax.data.chat import Chat
 from sftjax.data.encode import encode
-from sftjax.data.formats import fail_on, read_examples
+from sftjax.data.formats import Rejected, fail_on, read_examples
 from sftjax.data.ledger import KEPT, Ledger
 from sftjax.data.lines import open_bytes
 from sftjax.data.readers import kind, read, resolve
@@ -47,6 +47,7 @@ class Splits:
     eval: Rows
     test: Rows
     report: dict[str, Any]
+    rejected: list[Rejected]  # rows that cannot be used and rows that were dropped
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,14 @@ class Opened:
     store: Store
 
 
-def build(config: ConfigDict, chat: Chat, *, rejected_path: Path | None = None, say: Say = print) -> Splits:
-    """Everything config.data asks for. Says what it does and what it finds through `say`; raises UserError.
-
-    Rows that cannot be used and rows that are dropped go to `rejected_path`, a JSON object a line.
-    """
+def build(config: ConfigDict, chat: Chat, *, say: Say = print) -> Splits:
+    """Everything config.data asks for. Says what it does and what it finds through `say`; raises UserError."""
     data = config.data
     opened = open_all(config, chat, say)
     stores = [o.store for o in opened]
     training = len(sources(data.train))
     fill = config.task == "pretrain" and data.packing
     ledger = Ledger(stores, max_length=data.max_length, on_overlong=data.on_overlong, fill=fill)
-    if rejected_path:
-        ledger.write_rejected(rejected_path)
     if data.on_bad_row == "error":
         fail_on(ledger.rejected)
     if data.on_overlong == "error":
@@ -92,7 +88,7 @@ def build(config: ConfigDict, chat: Chat, *, rejected_path: Path | None = None, 
     report["template_sha256"] = sha256(chat.template or "")
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))
     tell(report, say)
-    return Splits(train, evaluation, test, report)
+    return Splits(train, evaluation, test, report, ledger.rejected + ledger.dropped())
 
 
 def open_all(config: ConfigDict, chat: Chat, say: Say) -> list[Opened]:

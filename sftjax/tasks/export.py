@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from sftjax import config as schema
@@ -18,9 +19,8 @@ from sftjax.hf.peft import save_adapter, save_vllm
 from sftjax.hf.save import save
 from sftjax.hf.verify import verify
 from sftjax.tasks.base import Base
-from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
-from sftjax.train.manifest import hash_tokenizer, hash_weights
+from sftjax.train.manifest import hash_template, hash_tokenizer, hash_weights
 from sftjax.train.run import read_json
 from sftjax.train.step import init_state
 from sftjax.weights import select
@@ -40,7 +40,7 @@ def export(
     `checkpoint` is last, best or a step. `dtype` None keeps each tensor's own. Raises UserError, and ExportError where what
     was read back is not what was trained; `out` is then as it was.
     """
-    workdir = Path(workdir)
+    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
     refuse_form(to, dtype, config)
     base = Base(config)
@@ -48,7 +48,7 @@ def export(
     if to != "hf" and base.new_tokens:
         raise UserError(f"--to={to}: the run trained the embedding of new tokens too, which no adapter carries; use --to=hf")
     decoder, params, mask = base.build(sharding.make_mesh(1, 1, 1))
-    params, step = restore(workdir, config, params, mask, checkpoint, say)
+    params, step = restore(workdir, params, mask, checkpoint, say)
     params = select.uncut(params)
     rows = probe_rows(base, decoder.config.vocab)
     difference = 0.0
@@ -86,13 +86,18 @@ def refuse_form(to: str, dtype: str | None, config: ConfigDict) -> None:
 
 def refuse_another_base(workdir: Path, base: Base) -> None:
     """What the run learnt fits the base it was trained from, and no other that has come to lie in its place."""
-    manifest = read_json(workdir / "manifest.json") or {}
-    places = {"base": (base.directory, hash_weights), "tokenizer": (base.directory, hash_tokenizer)}
+    was = (read_json(workdir / "manifest.json") or {}).get("hashes", {})
+    found: dict[str, tuple[Any, str | None]] = {
+        "base": (base.directory, hash_weights(base.directory)),
+        "tokenizer": (base.directory, hash_tokenizer(base.directory)),
+    }
     if base.adapter:
-        places["adapter"] = (base.adapter, hash_weights)
-    for part, (directory, digest) in places.items():
-        if manifest.get("hashes", {}).get(part) != digest(directory):
-            raise UserError(f"{directory}: the {part} is not what the run in {workdir} was trained from; put that back")
+        found["adapter"] = base.adapter, hash_weights(base.adapter)
+    if base.config.task != "pretrain":
+        found["template"] = base.config.data.template or base.directory, hash_template(base.chat.template)
+    for part, (place, digest) in found.items():
+        if was.get(part) != digest:
+            raise UserError(f"{place}: the {part} is not what the run in {workdir} was trained from; put that back")
 
 
 def untouched(params: Any, mask: Any, base: Base) -> set[str]:
@@ -117,14 +122,12 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def restore(
-    workdir: Path, config: ConfigDict, params: Any, mask: Any, checkpoint: str, say: Callable[[str], None]
-) -> tuple[Any, int]:
-    """`params` with a checkpoint's trainable part in place."""
+def restore(workdir: Path, params: Any, mask: Any, checkpoint: str, say: Callable[[str], None]) -> tuple[Any, int]:
+    """`params` with a checkpoint's trainable part in place; what the optimiser held is not read."""
     trainable, frozen = tree.split(params, mask)
-    like = init_state(trainable, optim.optimizer(config.optim, lambda _: 0.0))
+    like = init_state(trainable, optax.identity())
     with Checkpoints(workdir / "checkpoints", say=say, read_only=True) as checkpoints:
-        got = checkpoints.restore(like, chosen(checkpoints, checkpoint))
+        got = checkpoints.restore(like, chosen(checkpoints, checkpoint), part=True)
     if got is None:
         raise UserError(f"--workdir={workdir}: the run has saved no checkpoint yet")
     return tree.join(got.state.trainable, frozen), got.step

@@ -5,6 +5,7 @@ job = Job(config, workdir);  params, tally = job.fit(loss, eval_loss);  job.fini
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import resource
@@ -21,14 +22,16 @@ from sftjax import sharding, tree
 from sftjax.config import UserError, check
 from sftjax.data import pipeline
 from sftjax.data.batch import Batch
+from sftjax.data.rows import Rows
 from sftjax.data.stream import Stream, eval_batches
+from sftjax.generate.engine import max_length
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
 from sftjax.train import loop
 from sftjax.train.manifest import difference, length_histogram, manifest
 from sftjax.train.meter import Tally
-from sftjax.train.progress import Progress, model_flops_per_token
+from sftjax.train.progress import Progress, mfu, model_flops_per_token, say
 from sftjax.train.report import write_report
 from sftjax.train.run import Run
 from sftjax.weights import select
@@ -39,18 +42,21 @@ class Job:
 
     def __init__(self, config: ConfigDict, workdir: str | Path, *, force: bool = False):
         check(config)
+        refuse_many_hosts()
         self.began = time.perf_counter()
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh)
         check_batch(config, self.mesh)
         self.base = Base(config)
+        check_length(config, self.base)
         self.chat = self.base.chat
         self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
-        self.say: Callable[[str], None] = Progress(1).say
-        self.splits = pipeline.build(config, self.chat, rejected_path=self.run.workdir / "rejected.jsonl", say=self.say)
+        self.say: Callable[[str], None] = say
+        self.splits = pipeline.build(config, self.chat, say=say)
         self.stream = Stream(self.splits.train, config, process_index=jax.process_index(), process_count=jax.process_count())
         self.manifest = self.describe()
         self.refuse_another_run(force)
+        self.run.write_lines("rejected.jsonl", [dataclasses.asdict(row) for row in self.splits.rejected])
         self.decoder, params, mask = self.base.build(self.mesh)
         self.trainable, self.frozen = tree.split(params, mask)
         self.say_what_trains(params, mask)
@@ -70,7 +76,8 @@ class Job:
                 loss=loss,
                 eval_loss=eval_loss,
                 stream=self.stream,
-                eval_batches=self.eval_batches,
+                eval_batches=lambda: self.held_out(self.splits.eval),
+                test_batches=lambda: self.held_out(self.splits.test),
                 mesh=self.mesh,
                 progress=progress,
                 flops_per_token=self.flops_per_token(),
@@ -89,10 +96,8 @@ class Job:
         self.say(f"learning rate {scaled.optim.lr:.2g}: {c.lr:g} is for a width of {c.lr_width}, the model's is {width}")
         return scaled
 
-    def eval_batches(self) -> Iterable[Batch]:
-        c = self.config
-        rows = c.eval.batch_size or c.train.micro_batch or c.train.batch_size
-        return eval_batches(self.splits.eval, rows, c.data.max_length) if len(self.splits.eval) else ()
+    def held_out(self, rows: Rows) -> Iterable[Batch]:
+        return eval_batches(rows, eval_rows(self.config), self.config.data.max_length) if len(rows) else ()
 
     def finish(self, tally: Tally, extra: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes summary.json, samples.jsonl and report.html; returns the summary."""
@@ -107,9 +112,11 @@ class Job:
             "eval_loss_before": (tally.before or {}).get("loss"),
             "eval_loss": (tally.evaluation or {}).get("loss"),
             "best": tally.best,
+            "test_loss": (tally.test or {}).get("loss"),
             **extra,
             "tokens_per_s": tally.tokens / tally.seconds if tally.seconds else None,
             "steady_tokens_per_s": self.steady or None,
+            "mfu": mfu(self.steady, self.flops_per_token(), jax.devices()[0].device_kind, self.mesh.size) or None,
             "compile_s": tally.compile_s,
             "total_s": time.perf_counter() - self.began,
             "peak_memory_mib": peak_memory_mib(),
@@ -145,9 +152,9 @@ class Job:
                 + "\n  ".join(changed)
                 + "\nuse another --workdir, or --force to go on with its checkpoint"
             )
+        self.run.write_json("config.json", self.config)  # says where things lie today, though they may have moved
         if changed or not old:
             self.run.write_json("manifest.json", self.manifest)
-            self.run.write_json("config.json", self.config)
 
     def flops_per_token(self) -> float:
         c, train = self.config, self.splits.train
@@ -178,11 +185,32 @@ def check_batch(config: ConfigDict, mesh: Any) -> None:
     micro = c.micro_batch or c.batch_size
     if c.batch_size % micro:
         raise UserError(f"train.batch_size={c.batch_size} is no multiple of train.micro_batch={micro}")
-    if micro % shards:
-        key = "micro_batch" if c.micro_batch else "batch_size"
+    sizes = {"train.micro_batch" if c.micro_batch else "train.batch_size": micro, "eval.batch_size": eval_rows(config)}
+    for key, rows in sizes.items():
+        if rows % shards:
+            raise UserError(
+                f"{key}={rows} does not divide over {shards} data shards; use a multiple of {shards} or --config.mesh.data=1"
+            )
+
+
+def eval_rows(config: ConfigDict) -> int:
+    """Rows of an evaluation batch: as many as training takes at a time, unless the config says."""
+    return config.eval.batch_size or config.train.micro_batch or config.train.batch_size
+
+
+def check_length(config: ConfigDict, base: Base) -> None:
+    """Refuses a row length beyond the model's positions, of which it has learnt nothing."""
+    limit = max_length(base.source_config)
+    if config.data.max_length > limit:
         raise UserError(
-            f"train.{key}={micro} does not divide over {shards} data shards; use a multiple of {shards} or --config.mesh.data=1"
+            f"data.max_length={config.data.max_length} is more than the {limit} positions of {base.directory}; "
+            f"use --config.data.max_length={limit}"
         )
+
+
+def refuse_many_hosts() -> None:
+    if jax.process_count() > 1:
+        raise UserError(f"training runs on one host so far, with all its devices; this is one of {jax.process_count()} processes")
 
 
 def peak_memory_mib() -> float:

@@ -86,14 +86,19 @@ class Checkpoints:
         with self._full_disk():
             self.manager.wait_until_finished()
 
-    def restore(self, like: Any, step: int | None = None) -> Restored | None:
+    def restore(self, like: Any, step: int | None = None, *, part: bool = False) -> Restored | None:
         """The state at `step`, or the newest that can be read, shaped and placed like `like`; None where there is none.
 
-        Raises UserError where there are checkpoints and none can be read.
+        `like` holds arrays or ShapeDtypeStructs with shardings. With `part` it may hold less than was saved, and
+        no more is read. Raises UserError where there are checkpoints and none can be read.
         """
         names, structure = list(named(like)), jax.tree_util.tree_structure(like)
-        target = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, named(like)))
-        found = self._read(step, state=target, extras=ocp.args.JsonRestore())
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, named(like))
+        wanted = ocp.args.StandardRestore(target)
+        if part:
+            places = ocp.checkpoint_utils.construct_restore_args(target)
+            wanted = ocp.args.PyTreeRestore(target, places, partial_restore=True)
+        found = self._read(step, state=wanted, extras=ocp.args.JsonRestore())
         if found is None:
             return None
         step, items = found

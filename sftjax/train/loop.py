@@ -41,35 +41,46 @@ def fit(
     eval_loss: Loss,
     stream: Stream,
     eval_batches: Callable[[], Iterable[Batch]],
+    test_batches: Callable[[], Iterable[Batch]],
     mesh: Mesh,
     progress: Progress,
     flops_per_token: float = 0.0,
 ) -> tuple[State, Tally, float]:
     """Trains from the newest checkpoint, or from the start, to the stream's last step.
 
-    Returns the state, the tally and the steady tokens a second. Raises Stopped where a signal asked for it, and UserError.
+    `trainable` is given away: its memory becomes the state's. Returns the state, the tally and the steady tokens a second.
+    Raises Stopped where a signal asked for it, and UserError.
     """
     c, total = config.train, stream.steps_total
     rate = optim.schedule(config.optim, total)
     optimizer = optim.optimizer(config.optim, rate)
     micro_batches = c.batch_size // (c.micro_batch or c.batch_size)
     step_fn = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
-    evaluate = evaluator(eval_loss, frozen, eval_batches, mesh)
+    evaluate = evaluator(eval_loss, frozen, mesh)
     eval_every = math.ceil(total / 5) if c.eval_every is None else c.eval_every
     save_every = eval_every if c.save_every is None else c.save_every
 
     state, tally, start, compiled = place(init_state(trainable, optimizer), trainable, mesh), Tally(), 0, None
     with Checkpoints(run.checkpoints, keep=c.keep, say=progress.say) as checkpoints, stop_signals() as asked:
-        if restored := checkpoints.restore(state):
+        restored = checkpoints.restore(freed(state)) if checkpoints.steps() else None
+        if restored:
             start, state, tally = restored.step, restored.state, Tally(**restored.extras)
             checkpoints.forget_after(start)
+            progress.begin(start)
             progress.say(f"resuming after step {start} of {total}")
         run.resume_from(start if restored else -1)
         if tally.before is None:
-            tally.before = tally.evaluation = evaluate(state.trainable)
+            tally.before = tally.evaluation = evaluate(state.trainable, eval_batches())
             report(run, progress, 0, tally.before)
         meter = Meter(
-            run, progress, tally, rate=rate, epoch=stream.epoch, flops_per_token=flops_per_token, max_bad_steps=c.max_bad_steps
+            run,
+            progress,
+            tally,
+            rate=rate,
+            epoch=stream.epoch,
+            flops_per_token=flops_per_token,
+            devices=mesh.size,
+            max_bad_steps=c.max_bad_steps,
         )
         for step, batch in prefetch(stream, start, total):
             if tally.stale_for(c.patience):
@@ -94,7 +105,7 @@ def fit(
             saves = step == total or due(step, save_every) or bool(asked)
             if evaluates:
                 meter.read(step)
-                saves |= tally.evaluated(step, evaluate(state.trainable))
+                saves |= tally.evaluated(step, evaluate(state.trainable, eval_batches()))
                 report(run, progress, step, tally.evaluation)
             saves |= tally.stale_for(c.patience)
             if saves:
@@ -106,6 +117,9 @@ def fit(
                 checkpoints.wait()
                 raise Stopped(f"stopped at step {step} of {total} and saved; run the same command again to go on", asked.signum)
         checkpoints.wait()
+    tally.test = evaluate(state.trainable, test_batches())
+    if tally.test:
+        progress.say(f"test loss {tally.test['loss']:.4f} on {tally.test['tokens']:,.0f} tokens that decided nothing")
     return state, tally, meter.steady
 
 
@@ -114,12 +128,12 @@ def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def evaluator(loss: Loss, frozen: Any, batches: Callable[[], Iterable[Batch]], mesh: Mesh) -> Callable[[Any], dict[str, float]]:
-    """`trainable -> {"loss", "ppl", "tokens"}` over the held-out batches, weighted by token; {} where nothing is held out."""
+def evaluator(loss: Loss, frozen: Any, mesh: Mesh) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
+    """`(trainable, batches) -> {"loss", "ppl", "tokens"}`, weighted by token; {} where there is no batch."""
     sums = jax.jit(lambda trainable, frozen, batch: loss(tree.join(trainable, frozen), batch, None)[1:])
 
-    def evaluate(trainable: Any) -> dict[str, float]:
-        got = jax.device_get([sums(trainable, frozen, to_devices(batch, mesh)) for batch in batches()])
+    def evaluate(trainable: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        got = jax.device_get([sums(trainable, frozen, to_devices(batch, mesh)) for batch in batches])
         count = sum(float(n) for n, _ in got)
         if not count:
             return {}
@@ -142,6 +156,13 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """This host's rows, as its part of the global batch."""
     placed = sharding.batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
+
+
+def freed(state: State) -> State:
+    """Shapes and places of `state`, whose memory makes room for what is restored."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)
+    return like
 
 
 def place(state: State, trainable: Any, mesh: Mesh) -> State:

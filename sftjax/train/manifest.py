@@ -67,14 +67,10 @@ def manifest(
     data_hash: str,
     template: str | None,
     base_dir: Path,
-    tokenizer_dir: Path | None = None,
     adapter_dir: Path | None = None,
     lengths: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a run about to start. `data_hash` is of the tokenised rows; `lengths` is a `length_histogram`.
-
-    `tokenizer_dir` None means that the tokenizer lies with the base.
-    """
+    """The manifest of a run about to start. `data_hash` is of the tokenised rows; `lengths` is a `length_histogram`."""
     import jax
 
     devices = jax.devices()
@@ -85,8 +81,8 @@ def manifest(
         "config": leaves(clean(config)[0]),
         "hashes": {
             "data": data_hash,
-            "template": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
-            "tokenizer": hash_tokenizer(tokenizer_dir or base_dir),
+            "template": hash_template(template),
+            "tokenizer": hash_tokenizer(base_dir),
             "base": hash_weights(base_dir),
             "adapter": hash_weights(adapter_dir) if adapter_dir else None,
         },
@@ -162,6 +158,10 @@ def hash_tokenizer(directory: Path) -> str:
         if (directory / name).is_file():
             digest.update(f"{name}\0".encode() + hashlib.sha256((directory / name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def hash_template(template: str | None) -> str | None:
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
 
 
 def leaves(node: Any, prefix: str = "") -> dict[str, Any]:

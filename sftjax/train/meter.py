@@ -24,6 +24,7 @@ class Tally:
     before: dict[str, float] | None = None  # evaluation of the untrained model
     evaluation: dict[str, float] | None = None  # the last one
     best: dict[str, float] | None = None  # {"step", "loss"} of the best one
+    test: dict[str, float] | None = None  # the trained model's, on rows that decided nothing
     stale: int = 0  # evaluations since the best
     tokens: int = 0
     trained_tokens: int = 0
@@ -59,10 +60,12 @@ class Meter:
         rate: Callable[[int], Any],
         epoch: Callable[[int], float],
         flops_per_token: float,
+        devices: int,
         max_bad_steps: int,
     ):
         self.run, self.progress, self.tally = run, progress, tally
-        self.rate, self.epoch, self.flops_per_token, self.max_bad_steps = rate, epoch, flops_per_token, max_bad_steps
+        self.rate, self.epoch, self.max_bad_steps = rate, epoch, max_bad_steps
+        self.flops_per_token, self.devices = flops_per_token, devices
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.steps = 0  # read since this start
         self.steady_tokens, self.steady_seconds = 0, 0.0
@@ -100,7 +103,7 @@ class Meter:
                     f"step {step}: loss or gradient was not finite for {m['bad']} steps in a row, and none of them changed the "
                     f"model; try a lower --config.optim.lr or more --config.optim.warmup"
                 )
-        used = mfu(speed, self.flops_per_token, jax.devices()[0].device_kind, jax.device_count())
+        used = mfu(speed, self.flops_per_token, jax.devices()[0].device_kind, self.devices)
         self.progress.update(step, {"loss": m["loss"], "lr": lr, "tokens_per_s": speed, "mfu": used})
 
     @property

@@ -96,7 +96,6 @@ class Progress:
         self,
         total: int,
         *,
-        start: int = 0,
         log_every: int = 10,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -104,12 +103,12 @@ class Progress:
         self.total, self.log_every, self.clock = total, log_every, clock
         self.console = console or Console()
         self.marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step): ETA from the recent past, not from compiling
-        self.printed = start
+        self.printed = 0
         self.bar: Bar | None = None
         if self.console.is_terminal and not self.console.is_jupyter:
             columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[shown]}", markup=False)
             self.bar = Bar(*columns, console=self.console)
-            self.task = self.bar.add_task("train", total=total, completed=start, shown="compiling ...")
+            self.task = self.bar.add_task("train", total=total, shown="compiling ...")
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -119,6 +118,12 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
+
+    def begin(self, step: int) -> None:
+        """`step` steps were done before this start."""
+        self.printed = step
+        if self.bar:
+            self.bar.update(self.task, completed=step)
 
     def update(self, step: int, shown: Mapping[str, float | None]) -> None:
         """`step` steps are done. Shown, where given: loss, lr, tokens_per_s, mfu."""
@@ -133,7 +138,12 @@ class Progress:
             self.say(f"step {step}/{self.total}  {text}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, self.console)
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """A line as it is, wrapped by the terminal alone."""
+    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def describe(shown: Mapping[str, float | None]) -> str:
@@ -145,7 +155,7 @@ def describe(shown: Mapping[str, float | None]) -> str:
         "mfu": lambda x: f"MFU {100 * x:.0f} %" if x >= 0.1 else f"MFU {100 * x:.1f} %",
         "eta": lambda x: f"ETA {duration(x)}",
     }
-    return "  ".join(say(value) for name, say in how.items() if (value := shown.get(name)) is not None)
+    return "  ".join(form(value) for name, form in how.items() if (value := shown.get(name)) is not None)
 
 
 def compact(x: float) -> str:

@@ -79,6 +79,7 @@ def headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     out = []
     for label, key, form, sign in (
         ("Evaluation loss", "eval_loss", loss_text, -1),
+        ("Test loss", "test_loss", loss_text, -1),
         ("Exact match", "exact_match", percent, 1),
     ):
         after, before = summary.get(key), summary.get(f"{key}_before")

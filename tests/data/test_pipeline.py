@@ -1,6 +1,5 @@
 """Laws of the pipeline: the sum adds up, duplicates stay on one side, the cache knows content, a batch is its step number."""
 
-import json
 from collections import Counter
 from itertools import chain
 

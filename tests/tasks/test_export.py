@@ -43,7 +43,7 @@ def ours():
         config = read_config(workdir)
         base = Base(config)
         decoder, params, mask = base.build(make_mesh(1, 1, 1))
-        return score(restore(workdir, config, params, mask, "last", print)[0], decoder.config, ROWS)
+        return score(restore(workdir, params, mask, "last", print)[0], decoder.config, ROWS)
 
     return scores
 
@@ -247,3 +247,29 @@ def test_a_base_that_was_changed_since_is_not_merged_into(toy, tmp_path):
     (base / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match=r"the base is not what the run in .* was trained from"):
         export(tmp_path / "run", out=tmp_path / "out")
+
+
+def test_a_template_that_was_changed_since_is_not_exported(toy, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text(worlds.CHATML)
+    tasks.train(toy.config(**SHORT, **{"data.template": str(template)}), tmp_path / "run")
+    template.write_text(worlds.CHATML.replace("user", "human") + "\n")
+    with pytest.raises(UserError, match=r"mine\.jinja: the template is not what the run in .* was trained from"):
+        export(tmp_path / "run", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_moved_is_found_by_export_once_the_run_has_found_it(toy, tmp_path):
+    base = shutil.copytree(toy.base, tmp_path / "base")
+    tasks.train(toy.config(**SHORT, **{"model.path": str(base)}), tmp_path / "run")
+    moved = base.rename(tmp_path / "moved")
+    tasks.train(toy.config(**SHORT, **{"model.path": str(moved)}), tmp_path / "run")
+    export(tmp_path / "run", out=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_home_directory_is_one(lora_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(lora_run, tmp_path / "run")
+    export("~/run", out="~/out")
+    assert (tmp_path / "out" / "model.safetensors").exists()

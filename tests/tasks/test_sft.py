@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 import toy as worlds
 from safetensors.numpy import load_file
@@ -94,6 +95,12 @@ def test_held_out_prompts_are_answered_before_and_after(toy, tmp_path):
             {"train.batch_size": 6, "mesh.data": 4, "mesh.tensor": 2},
             "batch_size=6 does not divide over 4 data shards; use a multiple",
         ),
+        (
+            {"train.batch_size": 8, "eval.batch_size": 6, "mesh.data": 4, "mesh.tensor": 2},
+            "eval.batch_size=6 does not divide over 4 data shards; use a multiple",
+        ),
+        ({"data.max_length": 129}, "data.max_length=129 is more than the 128 positions of"),
+        ({"data.max_length": 129}, "use --config.data.max_length=128"),
         ({"mesh.data": 3}, "mesh: data=3 x fsdp=1 x tensor=1 does not make the 8 devices here"),
         ({"method": "freeze"}, "freeze: nothing trains; set --config.freeze.last_n_layers or --config.freeze.train"),
         ({"method": "freeze", "freeze.last_n_layers": 9}, "freeze.last_n_layers=9: the model has 3 layers"),
@@ -113,3 +120,9 @@ def test_what_cannot_be_is_one_sentence(toy, tmp_path, changes, sentence):
         tasks.train(toy.config(**changes), tmp_path / "run")
     assert sentence in str(told.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_several_hosts_are_refused_by_name(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="runs on one host so far"):
+        tasks.train(toy.config(), tmp_path / "run")

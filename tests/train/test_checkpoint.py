@@ -43,6 +43,25 @@ def test_restored_is_the_newest_saved(tmp_path):
         assert says(checkpoints.restore(state(0), 1)) == 1
 
 
+def test_a_part_is_restored_without_the_rest(tmp_path):
+    write(tmp_path, 1)
+    part = state(0) | {"big": None}
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        restored = checkpoints.restore(part, part=True)
+        assert says(restored) == 1 and jax.tree.structure(restored.state) == jax.tree.structure(part)
+        with pytest.raises(UserError, match="none of its checkpoints can be read"):
+            checkpoints.restore(part)
+
+
+@pytest.mark.parametrize(
+    "other", [{"none": jnp.zeros(3)}, {"big": jnp.zeros((40, 31))}, {"big": jnp.zeros((20, 30))}], ids=["name", "more", "less"]
+)
+def test_what_was_not_saved_is_not_restored(tmp_path, other):
+    write(tmp_path, 1)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="none of its checkpoints can be read"):
+        checkpoints.restore(state(0) | other)
+
+
 def test_nothing_saved_is_nothing_restored(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(state(0)) is None

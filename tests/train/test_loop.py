@@ -1,5 +1,6 @@
 """The loop: compiled once, read late, stopped by bad numbers or by patience, kept from going on as another run."""
 
+import gc
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from sftjax import tasks
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.tasks.export import export
-from sftjax.train import loop, meter
+from sftjax.train import loop, meter, progress
 from sftjax.train.meter import Tally
 
 
@@ -51,8 +52,8 @@ def test_compiled_once_and_read_seldom(train, tmp_path, monkeypatch, caplog):
         train(tmp_path / "run", **{"train.steps": 40, "train.eval_every": 0, "train.log_every": 20})
     compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(step)")]
     assert len(compiled) == 1, compiled
-    # two while warming up, one an interval, one at the end; the evaluations before and after
-    assert len(reads) == 2 + 2 + 1 + 2
+    # two while warming up, one an interval, one at the end; the evaluations before, after, and of the test rows
+    assert len(reads) == 2 + 2 + 1 + 3
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 41))
 
 
@@ -88,11 +89,18 @@ def test_summary_says_what_the_run_did(finished, tmp_path):
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_mfu_is_told_where_the_devices_peak_is_known(train, finished, tmp_path, monkeypatch):
+    assert finished.summary["mfu"] is None
+    monkeypatch.setattr(progress, "peak_flops", lambda _: 1e9)
+    got = train(tmp_path / "run", **{"train.eval_every": 0})
+    assert got["mfu"] > 0 and "MFU" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_evaluation_does_not_depend_on_its_batches(train, finished, tmp_path):
     """7 held-out rows of several lengths in 1, 3 or 4 rows a batch: a mean over tokens, not over batches."""
     for rows in (1, 3):
         got = train(tmp_path / f"{rows}", **{"eval.batch_size": rows, "train.eval_every": 6, "train.log_every": 3})
-        for name in ("eval_loss_before", "eval_loss"):
+        for name in ("eval_loss_before", "eval_loss", "test_loss"):
             assert got[name] == pytest.approx(finished.summary[name], rel=2e-6)
 
 
@@ -105,9 +113,9 @@ def test_evaluation_weighs_by_token():
 
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
     batches = [Batch(*[np.ones((1, n), np.float32)] * 4) for n in (2, 3)]
-    got = loop.evaluator(loss, {}, lambda: batches, mesh)({})
+    got = loop.evaluator(loss, {}, mesh)({}, batches)
     assert got == {"loss": pytest.approx(62.0), "ppl": pytest.approx(np.exp(62.0)), "tokens": 5}
-    assert loop.evaluator(loss, {}, list, mesh)({}) == {}
+    assert loop.evaluator(loss, {}, mesh)({}, []) == {}
 
 
 def test_best_is_the_lowest_and_never_nan():
@@ -217,6 +225,21 @@ def test_another_config_is_refused_with_the_difference(train, finished, tmp_path
     assert kept(tmp_path / "run") == [6, 12]
 
 
+def test_a_refused_run_leaves_the_directory_as_it_was(train, finished, tmp_path):
+    workdir = finished(tmp_path)
+    (workdir / "rejected.jsonl").write_text("the other run's")
+    before = {f: f.read_bytes() for f in workdir.rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match="holds a run of something else"):
+        train(workdir, **{"data.max_length": 63})
+    assert {f: f.read_bytes() for f in workdir.rglob("*") if f.is_file()} == before
+
+
+def test_what_was_dropped_is_written_down(train, tmp_path):
+    train(tmp_path / "run", **{"data.max_length": 50, "train.steps": 1})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert rows and all("data.max_length=50" in row["reason"] and row["line"] for row in rows)
+
+
 def test_other_data_and_another_base_are_refused(toy, train, finished, tmp_path):
     workdir = finished(tmp_path)
     data = tmp_path / "colours.jsonl"
@@ -247,6 +270,25 @@ def test_keys_that_change_nothing_computed_are_free(train, finished, tmp_path):
 def test_a_base_that_moved_is_the_same_base(toy, train, finished, tmp_path):
     moved = shutil.copytree(toy.base, tmp_path / "base")
     assert train(finished(tmp_path), **{"train.eval_every": 6, "model.path": str(moved)})["steps"] == 12
+
+
+def test_a_resumed_run_holds_its_state_once(train, tmp_path, monkeypatch):
+    """What is alive at the first step of a resumed run is what was alive at that of a fresh one."""
+    held, add = [], meter.Meter.add
+
+    def counted(self, step, metrics):
+        held.append(sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted()))
+        add(self, step, metrics)
+
+    monkeypatch.setattr(meter.Meter, "add", counted)
+    changes = {"method": "full", "train.steps": 2, "train.save_every": 1}
+    train(tmp_path / "run", **changes)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    gc.collect()
+    before = sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
+    train(tmp_path / "run", **changes)
+    fresh, _, resumed = held
+    assert resumed - before < 1.1 * fresh
 
 
 def test_a_run_goes_on_over_another_mesh(train, finished, tmp_path):

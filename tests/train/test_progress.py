@@ -70,11 +70,12 @@ def test_mfu_is_a_share_of_all_devices():
     assert mfu(1e6, 1e9, "cpu", 1) is None
 
 
-def plain(total: int, seconds: float, **options) -> list[str]:
+def plain(total: int, seconds: float, start: int = 0, **options) -> list[str]:
     out, times = io.StringIO(), iter(range(10**6))
     console = Console(file=out, width=40)
     with Progress(total, console=console, clock=lambda: seconds * next(times), **options) as progress:
-        for step in range(options.get("start", 0) + 1, total + 1):
+        progress.begin(start)
+        for step in range(start + 1, total + 1):
             progress.update(step, {"loss": 1 / step, "lr": 2e-4, "tokens_per_s": 8123.0, "mfu": None})
     return out.getvalue().splitlines()
 
@@ -88,6 +89,13 @@ def test_plain_lines_where_stdout_is_no_terminal():
 
 def test_resuming_counts_on():
     assert plain(30, 2.0, start=15, log_every=10)[0].startswith("step 25/30  loss 0.0400")
+
+
+def test_a_resumed_bar_starts_where_the_run_was():
+    out = io.StringIO()
+    with Progress(20, console=Console(file=out, force_terminal=True, width=120)) as progress:
+        progress.begin(15)
+    assert "15/20" in out.getvalue()
 
 
 def test_one_moving_line_in_a_terminal():
