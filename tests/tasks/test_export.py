@@ -24,7 +24,7 @@ SHORT = {"train.steps": 4, "train.eval_every": 0}
 @pytest.fixture(scope="module")
 def lora_run(toy, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("lora") / "run"
-    tasks.train(toy.config(**SHORT), workdir)
+    tasks.train(toy.config(**SHORT, **{"lora.rank": 4, "lora.alpha": 8.0}), workdir)
     return workdir
 
 
