@@ -5,8 +5,12 @@ import json
 import pytest
 import toy as worlds
 
-from sftjax import tasks
+from sftjax import tasks, tree
+from sftjax.evaluate import heldout
 from sftjax.generate.engine import Engine
+from sftjax.tasks.answers import Answers
+from sftjax.tasks.job import Job
+from sftjax.weights.kinds import LowRank
 
 SHORT = {"train.steps": 2, "train.eval_every": 0, "eval.generate": 4, "eval.max_new_tokens": 4}
 
@@ -60,6 +64,15 @@ def test_answers_from_before_are_kept_only_for_the_same_questions_and_base(toy, 
     other = worlds.make_base(tmp_path / "other", rms_norm_eps=1e-5)
     tasks.train(toy.config(**SHORT | {"eval.generate": 6, "model.path": str(other)}), work, force=True)
     assert made[5:] == [6, 6]
+
+
+def test_a_bfloat16_model_answers_with_its_adapter_beside_the_base(toy, tmp_path, monkeypatch):
+    """Merged, an update smaller than the base's rounding would be lost."""
+    asked = []
+    monkeypatch.setattr(heldout, "answers", lambda engine, *_, **__: asked.append(engine.params) or [])
+    job = Job(toy.config(**SHORT, **{"model.dtype": "bfloat16"}), tmp_path / "run")
+    Answers(job).answer(tree.join(job.trainable, job.frozen))
+    assert isinstance(asked[0]["layers"]["attn"]["q"]["kernel"], LowRank)
 
 
 def test_several_devices_answer_as_one_does(toy, tmp_path):
