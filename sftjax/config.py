@@ -144,7 +144,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     except Exception as e:  # whatever a user's own program raises, an unknown key or a value of another type among it
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(file)]
         raise UserError(f"{file}:{lines[-1] if lines else 1}: {mistake(e)}") from e
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or [k for k, _ in flatten(config)] != [k for k, _ in flatten(default())]:
         raise UserError(f"{file}: needs a function get_config() that returns sftjax.config.default(), changed; see configs/")
     for item in overrides:
         key, _, value = item.partition("=")

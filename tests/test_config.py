@@ -118,6 +118,7 @@ def test_a_config_file_may_say_what_the_schema_says(line, tmp_path):
         ("c.train.steps = 'abc'", ":4: Could not override field 'steps'"),
         ("c.eval.batch_size = 1.5", ":4: Could not override field 'batch_size'"),
         ("c.optim.lr = -1.0", "--config.optim.lr=-1.0: needs at least 0"),
+        ("from ml_collections import ConfigDict; c = ConfigDict({'seed': 1})", "needs a function get_config()"),
         ("c.lora.rank = None", "--config.lora.rank=None: needs a value"),
         ("c.lora.targets = 3", "--config.lora.targets=3: needs a name or names"),
         ("c.data.split = ('a',)", "--config.data.split=a: needs numbers"),

@@ -114,7 +114,7 @@ def make_base(directory: Path, family: str = "qwen3", **changes: Any) -> Path:
     tokenizer.chat_template = CHATML
     source = directory.with_name(directory.name + "_config")
     tokenizer.save_pretrained(source)
-    raw = SHAPE | {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": len(tokenizer), **changes}
+    raw = SHAPE | {"model_type": family, "architectures": [FAMILIES[family].architecture], "vocab_size": len(tokenizer)} | changes
     (source / "config.json").write_text(json.dumps(raw | {"eos_token_id": tokenizer.eos_token_id}))
 
     def leaf(path: str, x: jax.Array) -> jax.Array:
