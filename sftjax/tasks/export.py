@@ -101,7 +101,10 @@ def refuse_another_base(workdir: Path, base: Base) -> None:
 
 
 def untouched(params: Any, mask: Any, base: Base) -> set[str]:
-    """Paths of the leaves that are still the source's."""
+    """Paths of the leaves that are still the source's.
+
+    The lower layers of a cut stack are not among them, but come out byte for byte too: float32 holds every float16 and bfloat16.
+    """
     touched = {path.replace("lower/", "layers/") for path, m in tree.flatten(mask).items() if any(jax.tree.leaves(m))}
     grown = {"embed/embedding", "head/kernel"} if base.new_tokens else set()
     return set(tree.flatten(params)) - touched - grown

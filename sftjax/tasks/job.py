@@ -66,7 +66,7 @@ class Job:
         return forward(self.decoder)
 
     def fit(self, loss: Loss, eval_loss: Loss) -> tuple[Any, Tally]:
-        """Trains, from the newest checkpoint where there is one. Returns (params, tally)."""
+        """Trains, from the newest checkpoint where there is one; `trainable` is used up. Returns (params, tally)."""
         with jax.set_mesh(self.mesh), Progress(self.stream.steps_total, log_every=self.config.train.log_every) as progress:
             state, tally, self.steady = loop.fit(
                 self.run,
