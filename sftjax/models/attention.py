@@ -89,6 +89,9 @@ def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, 
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
+    dtype = q.dtype
+    if jax.default_backend() == "cpu":  # XLA has no products of bfloat16 into float32 there
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
     one = partial(_heads, static_window, scale)
@@ -97,7 +100,7 @@ def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, 
         return _each(lambda x: one(*x, segments, window), (q, k, v))
 
     o = _each(lambda x: row(*x), (q, k, v, segments))
-    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(dtype)
 
 
 def _each(fn, xs):

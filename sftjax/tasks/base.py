@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sftjax import sharding
-from sftjax.config import UserError
+from sftjax import sharding, tree
+from sftjax.config import UserError, parts
 from sftjax.data.chat import Chat, load_tokenizer, prepare
 from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
 from sftjax.hf.model import compute_dtype
@@ -49,6 +49,8 @@ class Base:
         params = load_params(self.directory, self.source_config, shardings=sharding.shardings(shapes, mesh), dtype=trained_whole)
         new = self.chat.tokenizer.convert_tokens_to_ids(self.new_tokens)
         params, decoder_config = resize_embeddings(params, self.source_config, len(self.chat.tokenizer), new)
+        # what new tokens are read and written by trains with them, whatever the method
+        grown = [path for path in ("embed/embedding", "head/kernel") if self.new_tokens and path in tree.flatten(params)]
         lower = 0
         match c.method:
             case "full":
@@ -59,12 +61,12 @@ class Base:
                 else:
                     key = jax.random.key(c.seed)
                     params = low_rank.lora(params, key, c.lora.rank, c.lora.alpha, c.lora.dropout, c.lora.targets, c.lora.rslora)
-                mask = select.low_rank(params, also=("embed/embedding", "head/kernel") if self.new_tokens else ())
+                mask = select.low_rank(params, also=grown)
             case "freeze":
                 if c.freeze.last_n_layers:
                     lower = decoder_config.layers - c.freeze.last_n_layers
                     params = select.cut(params, c.freeze.last_n_layers)
-                mask = select.named(params, c.freeze.train, c.freeze.last_n_layers)
+                mask = select.named(params, (*parts(c.freeze.train), *grown), c.freeze.last_n_layers)
         params = jax.tree.map(lambda x, trains: x.astype(jnp.float32) if trains else x, params, mask)
         params = jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
         decoder = Decoder(decoder_config, compute_dtype(c.model.dtype), c.model.scan, c.model.remat, lower)
