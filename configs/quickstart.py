@@ -7,8 +7,8 @@
 The second needs runs/quickstart/base (the first makes it), the third only the conversations:
 python examples/quickstart/make_data.py.
 
-Two CPU cores: about half a minute of training. The eval loss goes from 4.06 to 0.06; of 100 held-out conversations the
-base answers none word for word, the tuned model 98.
+Two CPU cores: about half a minute of training. The eval loss goes from 4.03 to 0.06; of 100 held-out conversations the
+base answers none word for word, the tuned model 97.
 """
 
 from ml_collections import ConfigDict
