@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.train.steps = 300
     c.train.batch_size = 4
     c.train.log_every = 50
-    c.train.eval_every = 150
+    c.train.eval_every = 50
     c.eval.generate = 100
     c.eval.max_new_tokens = 48
     return c
