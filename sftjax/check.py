@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -28,6 +28,11 @@ CHOICES = {
     "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
 }
+
+METRICS = (  # of answers, sftjax/evaluate/metrics.py
+    *("exact_match", "contains", "numeric", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf"),
+    *("accuracy", "macro_f1", "json_valid"),
+)
 
 AT_LEAST = {
     "seed": 0,
@@ -154,11 +159,12 @@ def check_values(values: dict[str, Any]) -> None:
     for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if values[key] < 1 and values[key] != -1:
             refuse(key, "at least 1, or -1 for the rest of the devices")
-    for key in ("lora.targets", "lora.modules_to_save", "freeze.train", "adapter.targets", "tokens.train"):
+    for key in ("lora.targets", "lora.modules_to_save", "freeze.train", "adapter.targets", "tokens.train", "eval.metrics"):
         if not (isinstance(values[key], (str, tuple, list)) and all(isinstance(x, str) for x in values[key])):
             refuse(key, "a name or names, e.g. q_proj,v_proj")
         if key.endswith(".targets") and not any(parts(values[key])):
             refuse(key, f"a name at least, e.g. {shown(default()[key.split('.')[0]].targets)}")
+    refuse_metrics(parts(values["eval.metrics"]), "--config.eval.metrics")
     if not shares(values["data.split"]):
         refuse("data.split", "numbers, e.g. 8,1,1")
     for group, kind in NAMED_FREELY.items():
@@ -168,6 +174,15 @@ def check_values(values: dict[str, Any]) -> None:
                 raise UserError(f"--config.{group}: {name!r} is no name, which is text")
             if not fits(value):
                 raise UserError(f"--config.{group}.{name}={shown(value)}: needs {why}")
+
+
+def refuse_metrics(names: Iterable[str], key: str = "metrics") -> None:
+    """Raises UserError for a name that is no metric."""
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{key}={name}: no such metric, there are {', '.join(METRICS)}{hint}")
 
 
 def shown(value: Any) -> str:

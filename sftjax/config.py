@@ -135,6 +135,7 @@ def default() -> ConfigDict:
     c.eval.batch_size = placeholder(int)  # None = micro_batch
     c.eval.generate = 0  # held-out prompts answered before and after training; 0 = none
     c.eval.max_new_tokens = 128
+    c.eval.metrics = anything(())  # of answers, e.g. "exact_match,rougeL": sftjax/check.py has their names; () = what suits
 
     c.mesh = ConfigDict()  # devices along each axis; -1 = the rest
     c.mesh.data = -1
