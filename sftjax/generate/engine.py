@@ -22,6 +22,8 @@ from jax import Array
 from sftjax import sharding, tree
 from sftjax.config import UserError
 from sftjax.generate.sampling import Sampling, choose, next_token
+from sftjax.generate.score import Scored, score_batch
+from sftjax.generate.shapes import power
 from sftjax.generate.text import Writer
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Cache, Decoder, head, init_cache
@@ -134,6 +136,35 @@ class Engine:
                     return
                 yield int(token)
 
+    def score(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
+    ) -> list[Scored]:
+        """How likely the model finds each token of each continuation of its prompt, in order. One forward pass a row.
+
+        Raises UserError, before the first, for an empty prompt and where prompt and continuation are together longer than
+        the model's positions, of which the continuation's last token needs none.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: needs at least 1")
+        if len(prompts) != len(continuations):
+            raise UserError(f"{len(prompts)} prompts and {len(continuations)} continuations: each needs its other")
+        for i, (prompt, continuation) in enumerate(zip(prompts, continuations)):
+            if not prompt:
+                raise UserError(f"prompt {i} is empty; a model needs at least one token to go on from")
+            if (n := len(prompt) + len(continuation)) > self.limit + 1:
+                raise UserError(
+                    f"prompt {i} and its continuation have {n} tokens; the model takes {self.limit} and predicts one more"
+                )
+            self.know(i, (*prompt, *continuation))
+        lengths = [len(p) + len(c) for p, c in zip(prompts, continuations)]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
+        out: dict[int, Scored] = {}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            these = [prompts[i] for i in rows], [continuations[i] for i in rows]
+            out |= zip(rows, score_batch(self.model, self.params, *these, shards=_batch_shards()))
+        return [out[i] for i in range(len(prompts))]
+
     def fits(self, prompt: Sequence[int]) -> bool:
         """Whether the prompt leaves room for at least one token."""
         return 0 < len(prompt) < self.limit
@@ -146,8 +177,13 @@ class Engine:
                 raise UserError(f"prompt {i} is empty; a model needs at least one token to go on from")
             if not self.fits(prompt):
                 raise UserError(f"prompt {i} has {len(prompt)} tokens and leaves no room: the model takes {self.limit} in all")
-            if max(prompt) >= self.model.config.vocab:
-                raise UserError(f"prompt {i} has token {max(prompt)}, but the model knows only {self.model.config.vocab}")
+            self.know(i, prompt)
+
+    def know(self, i: int, ids: Sequence[int]) -> None:
+        """Raises UserError for a token of prompt i that the model does not have."""
+        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise UserError(f"prompt {i} has token {wrong}, but the model knows only {self.model.config.vocab}")
 
 
 class Flight:
@@ -159,7 +195,7 @@ class Flight:
         self.model, self.params, self.sampling = engine.model, engine.params, sampling
         self.stops = np.asarray(sorted(engine.stop_ids), np.int32)
         self.n = len(prompts)
-        B = _power(self.n, least=_batch_shards())
+        B = power(self.n, least=_batch_shards())
         lengths = np.ones(B, np.int32)
         lengths[: self.n] = [len(p) for p in prompts]
         left = np.zeros(B, np.int32)  # rows that only fill the batch have ended before they start
@@ -168,13 +204,13 @@ class Flight:
         self.end_position = int((lengths + left).max())  # no row gets further
         self.position = longest  # the furthest of any row so far
         config = self.model.config
-        C = min(_power(longest, least=32), max(32, PREFILL // B))
+        C = min(power(longest, least=32), max(32, PREFILL // B))
         if config.rope.kind == "dynamic":  # its angles depend on the whole prompt's length
-            C = _power(longest, least=32)
+            C = power(longest, least=32)
         tokens = np.zeros((B, -(-longest // C) * C), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        self.length = _power(min(longest + AHEAD, self.end_position), least=max(64, C))
+        self.length = power(min(longest + AHEAD, self.end_position), least=max(64, C))
         ids = np.zeros(B, np.int32)
         ids[: self.n] = rows
 
@@ -207,7 +243,8 @@ class Flight:
 
 
 def _forward(model: Decoder, params: Any, tokens: Array, segments: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-    return model.apply({"params": params}, tokens, segments, positions, cache)  # type: ignore[return-value]
+    hidden, cache, _ = model.apply({"params": params}, tokens, segments, positions, cache)  # type: ignore[assignment, misc]
+    return hidden, cache
 
 
 @partial(jax.jit, static_argnames=("model", "B", "S"))
@@ -318,13 +355,6 @@ def _seen(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> np.ndarray:
     for row, (ids, length) in enumerate(zip(tokens, lengths)):
         seen[row, ids[:length]] = True
     return seen
-
-
-def _power(n: int, least: int) -> int:
-    """The least `least` * 2^i that holds n."""
-    while least < n:
-        least *= 2
-    return least
 
 
 def _batch_shards() -> int:

@@ -59,11 +59,11 @@ def logprobs(hidden: Array, head: kinds.Weight, targets: Array) -> Array:
         logits = kinds.matmul(h, head).astype(jnp.float32)
         return jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
-    out = jax.lax.map(lambda x: block(*x), _blocks(head.shape[-1], hidden, targets))  # [n, B, t]
+    out = jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets))  # [n, B, t]
     return jnp.moveaxis(out, 0, 1).reshape(*targets.shape[:1], -1)[:, : targets.shape[1]]
 
 
-def _blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
+def blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
     """Each [B, T, ...] as [n, B, t, ...]: along T, so that a sharded batch stays where it is. Padded with zeros."""
     B, T = arrays[0].shape[:2]
     t = max(1, min(T, BLOCK // (B * vocab)))
@@ -101,7 +101,7 @@ def _xent(
         return (sums[0] + loss, sums[1] + nll), None
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(block, (zero, zero), _blocks(head.shape[-1], hidden, targets, weights))[0]
+    return jax.lax.scan(block, (zero, zero), blocks(head.shape[-1], hidden, targets, weights))[0]
 
 
 def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
@@ -127,7 +127,7 @@ def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained])
-    (loss, nll, grads), dh = jax.lax.scan(block, start, _blocks(head.shape[-1], hidden, targets, weights))
+    (loss, nll, grads), dh = jax.lax.scan(block, start, blocks(head.shape[-1], hidden, targets, weights))
     dhidden = jnp.moveaxis(dh, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[-1])[:, : hidden.shape[1]]
     dhead: list[Any] = [None] * len(leaves)
     for i, g in zip(trained, grads):

@@ -1,0 +1,74 @@
+"""Log-probs of given continuations: what perplexity and multiple choice are made from, in one forward pass a row.
+
+    log p(continuation_i | prompt, continuation_<i)    at every i, and whether the model would have said the same
+
+The head is applied only where a token of a continuation is predicted, a block of columns at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sftjax.data.batch import Batch
+from sftjax.generate.sampling import greedy
+from sftjax.generate.shapes import between, power
+from sftjax.losses.tokens import blocks
+from sftjax.models.decoder import Decoder, forward
+from sftjax.weights import kinds
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One continuation of n tokens."""
+
+    logps: np.ndarray  # [n] float32
+    greedy: np.ndarray  # [n] bool: the token is the likeliest, the first of equals as greedy decoding takes it
+
+
+def score_batch(
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], shards: int
+) -> list[Scored]:
+    """Of rows that go through the model together. `shards`: what their number is padded to a multiple of."""
+    B = power(len(prompts), least=shards)
+    counts = [len(c) for c in continuations]
+    T = between(max(len(p) + n for p, n in zip(prompts, counts)) - 1, least=32)  # the last token predicts nothing
+    M = between(max(counts), least=8)
+    tokens, segments = np.zeros((2, B, T), np.int32)
+    at, targets = np.zeros((2, B, M), np.int32)
+    for row, (prompt, continuation) in enumerate(zip(prompts, continuations)):
+        ids = [*prompt, *continuation][:-1]
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        at[row, : len(continuation)] = np.arange(len(prompt) - 1, len(ids))
+        targets[row, : len(continuation)] = continuation
+    logps, same = jax.device_get(_score(model, params, tokens, segments, at, targets))
+    return [Scored(logps[row, :n], same[row, :n]) for row, n in enumerate(counts)]
+
+
+@partial(jax.jit, static_argnames="model")
+def _score(model: Decoder, params: Any, tokens: Array, segments: Array, at: Array, targets: Array) -> tuple[Array, Array]:
+    """logps and greedy [B, M] of targets [B, M], which positions `at` [B, M] of tokens [B, T] predict."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, head = forward(model)(params, Batch(tokens, None, segments, positions))
+    return logps_and_greedy(jnp.take_along_axis(hidden, at[..., None], 1), head, targets)
+
+
+def logps_and_greedy(hidden: Array, head: kinds.Weight, targets: Array) -> tuple[Array, Array]:
+    """log softmax(hidden @ head)[targets] float32 and whether each target is the argmax, both [B, T]. hidden [B, T, D]."""
+
+    def block(xs: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, t = xs
+        logits = kinds.matmul(h, head).astype(jnp.float32)
+        logps = jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+        return logps, greedy(logits) == t
+
+    out = jax.lax.map(block, blocks(head.shape[-1], hidden, targets))  # [n, B, t]
+    whole = [jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, : targets.shape[1]] for x in out]
+    return whole[0], whole[1]
