@@ -32,7 +32,7 @@ from sftjax.config import UserError
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import Rejected
 
-VERSION = 4  # of what encoding a row means and how a store is laid out; part of every key
+VERSION = 5  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype(
     [
         *(("source", "<i4"), ("line", "<i8"), ("key", "<u8"), ("prompt", "<u8")),
@@ -196,6 +196,7 @@ def dumps(example: Example) -> bytes:
         "tools": example.tools,
         "label": example.label,
         "answers": answers,
+        "tags": example.tags or None,
     }
     return json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False, default=str).encode()
 
@@ -211,7 +212,7 @@ def loads(text: bytes, source: str, line: int) -> Example:
         fields["messages"] = turns(fields["messages"])
     if "answers" in fields:
         fields["answers"] = tuple(Answer(s if isinstance(s, str) else turns(s), rank) for s, rank in fields["answers"])
-    for name in ("completion", "tools"):
+    for name in ("completion", "tools", "tags"):
         if name in fields:
             fields[name] = tuple(fields[name])
     return Example(source, line, **fields)

@@ -47,6 +47,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] | None = None
     label: str | None = None
     answers: tuple[Answer, ...] | None = None
+    tags: tuple[str, ...] = ()  # what kind of row it is, for evaluation; "reasoning/sums" is of the kind "reasoning" too
 
     def alone(self) -> Iterator[Example]:
         """Each answer with its prompt, as the example that supervised fine-tuning would see; itself where it has none."""

@@ -125,9 +125,19 @@ def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str,
         raise RowError("", f"the row is {named(row)}, must be an object with named fields")
     refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")
     held = Row(row, layout.columns)
+    tags = tags_of(held)
     if build := preferences.BUILD.get(layout.format):
-        return [Example(source, line, **fields) for fields in build(held, wishes)]
-    return [Example(source, line, **BUILD[layout.format](held, wishes))]
+        return [Example(source, line, tags=tags, **fields) for fields in build(held, wishes)]
+    return [Example(source, line, tags=tags, **BUILD[layout.format](held, wishes))]
+
+
+def tags_of(row: Row) -> tuple[str, ...]:
+    """The row's tags, "a" or ["a/b", "c"], each once."""
+    held = row.get("tags")
+    found = [held] if isinstance(held, str) else [] if held is None else held
+    if not isinstance(found, (list, tuple)) or not all(isinstance(tag, str) for tag in found):
+        raise RowError(row.name("tags"), f"is {named(held)}, must be a text or a list of texts")
+    return tuple(dict.fromkeys(stripped for tag in found if (stripped := tag.strip())))
 
 
 def _turns(column: str) -> Callable[[Row, Wishes], dict[str, Any]]:

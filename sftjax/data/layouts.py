@@ -14,6 +14,7 @@ and where several answers to one prompt are wanted (`want` is "pairs", "rankings
     unpaired           label: good or bad, of a completion or output, or of the last of messages
     tree               message_tree_id: Open Assistant's trees
 
+Any format may have tags beside: a text or a list of texts, by which evaluation tells kinds of rows apart.
 A column may have another name in the file: the usual ones (question/answer, ...) are known, any other is given as
 data.columns, which may also reach inside (`instances.0.output`) or count the columns of a file without a header.
 """
@@ -54,16 +55,16 @@ ASKED = f", and one of {', '.join(PROMPTS)}"
 KEYS = ("role", "content")  # not columns of a row but the two keys of a turn, which may have other names too
 TURNS = ("system", "tools", *KEYS)
 MAY = {
-    "messages": TURNS,
-    "sharegpt": TURNS,
-    "alpaca": ("input", "system", "history", "tools"),
-    "prompt_completion": TURNS,
-    "label": ("system",),
-    "text": (),
-    "pair": (*PROMPTS, "input", "history", *TURNS),
-    "ranking": (*PROMPTS, "input", "history", "ranks", "scores", *TURNS),
-    "unpaired": (*PROMPTS, "input", "history", "completion", "output", *TURNS),
-    "tree": ("system",),
+    "messages": (*TURNS, "tags"),
+    "sharegpt": (*TURNS, "tags"),
+    "alpaca": ("input", "system", "history", "tools", "tags"),
+    "prompt_completion": (*TURNS, "tags"),
+    "label": ("system", "tags"),
+    "text": ("tags",),
+    "pair": (*PROMPTS, "input", "history", *TURNS, "tags"),
+    "ranking": (*PROMPTS, "input", "history", "ranks", "scores", *TURNS, "tags"),
+    "unpaired": (*PROMPTS, "input", "history", "completion", "output", *TURNS, "tags"),
+    "tree": ("system", "tags"),
 }
 ALIASES = {
     "instruction": ("question", "query", "prompt", "problem", "input"),

@@ -355,3 +355,19 @@ def test_real_files_are_read_whole(shared, load, path, changes, format, count):
 def test_real_multimodal_rows_are_refused_by_name(shared, load, name):
     found = load(spec=(str(shared / "data" / "llamafactory" / name),))
     assert found and all(isinstance(row, Rejected) and "only text can be trained on" in row.reason for row in found)
+
+
+@pytest.mark.parametrize(
+    "held, tags",
+    [("sums", ("sums",)), (["a/b c", " d ", "a/b c", ""], ("a/b c", "d")), ([], ()), ("", ())],
+)
+def test_tags_come_with_rows_of_any_format(load, held, tags):
+    for row in ({"messages": [Q, A]}, {"question": "q", "answer": "a"}, {"text": "t", "label": "l"}, {"text": "t"}):
+        assert one(load(row | {"tags": held})).tags == tags
+        assert one(load(row | {"kind": held, "tags": 3}, columns={"tags": "kind"})).tags == tags
+
+
+def test_tags_that_are_none_are_told(load):
+    assert reason(load({"text": "t", "tags": 3})) == "tags: is the number 3, must be a text or a list of texts"
+    found = load({"text": "t", "kind": [{}]}, columns={"tags": "kind"})
+    assert reason(found) == "kind: is a list of 1, must be a text or a list of texts"
