@@ -205,7 +205,7 @@ class Flight:
         self.position = longest  # the furthest of any row so far
         config = self.model.config
         C = min(power(longest, least=32), max(32, PREFILL // B))
-        if config.rope.kind == "dynamic":  # its angles depend on the whole prompt's length
+        if config.rope.kind in ("dynamic", "longrope"):  # its angles depend on the whole prompt's length
             C = power(longest, least=32)
         tokens = np.zeros((B, -(-longest // C) * C), np.int32)
         for row, prompt in enumerate(prompts):
@@ -218,7 +218,7 @@ class Flight:
         for start in range(0, tokens.shape[1], C):
             cache, last = _prefill(self.model, self.params, cache, last, tokens[:, start : start + C], lengths, start)
         seen = _seen(tokens, lengths, config.vocab) if sampling.repetition_penalty is not None else None
-        self.state = _first(self.params, cache, last, lengths, left, seed, ids, seen, sampling, self.stops)
+        self.state = _first(self.model, self.params, cache, last, lengths, left, seed, ids, seen, sampling, self.stops)
         self.fresh: np.ndarray | None = np.asarray(self.state.token)[: self.n, None]
 
     def next(self, n: int) -> np.ndarray | None:
@@ -266,8 +266,9 @@ def _prefill(
     return cache, jnp.where(((at >= 0) & (at < C))[:, None], mine, last)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _first(
+    model: Decoder,
     params: Any,
     cache: Cache,
     last: Array,
@@ -281,13 +282,13 @@ def _first(
 ) -> State:
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
     state = State(cache, jnp.zeros_like(lengths), lengths - 1, left, keys, seen)
-    return _take(params, state, last, sampling, stops)
+    return _take(model, params, state, last, sampling, stops)
 
 
-def _take(params: Any, state: State, hidden: Array, sampling: Sampling, stops: Array) -> State:
+def _take(model: Decoder, params: Any, state: State, hidden: Array, sampling: Sampling, stops: Array) -> State:
     """Chooses the next token of the rows under way from hidden [B, D]."""
     going = state.left > 0
-    logits = kinds.matmul(hidden, head(params)).astype(jnp.float32)
+    logits = kinds.matmul(hidden, head(params, model.config)).astype(jnp.float32)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.position)
     token = jnp.where(going, next_token(logits, sampling, keys, state.seen), -1)
     ended = jnp.isin(token, stops)
@@ -309,7 +310,7 @@ def _decode(model: Decoder, params: Any, state: State, sampling: Sampling, stops
         i, state, out = carry
         token = jnp.maximum(state.token, 0)[:, None]
         hidden, cache = _forward(model, params, token, ones, state.position[:, None], state.cache)
-        state = _take(params, state._replace(cache=cache), hidden[:, 0], sampling, stops)
+        state = _take(model, params, state._replace(cache=cache), hidden[:, 0], sampling, stops)
         return i + 1, state, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, i))
 
     out = jnp.full((ones.shape[0], CHUNK), -1, jnp.int32)

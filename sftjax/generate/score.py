@@ -56,7 +56,7 @@ def score_batch(
 def _score(model: Decoder, params: Any, tokens: Array, segments: Array, at: Array, targets: Array) -> tuple[Array, Array]:
     """logps and greedy [B, M] of targets [B, M], which positions `at` [B, M] of tokens [B, T] predict."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, head = forward(model)(params, Batch(tokens, None, segments, positions))
+    hidden, head, _ = forward(model)(params, Batch(tokens, None, segments, positions))
     return logps_and_greedy(jnp.take_along_axis(hidden, at[..., None], 1), head, targets)
 
 

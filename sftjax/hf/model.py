@@ -33,7 +33,7 @@ class Model:
 
     @property
     def forward(self) -> Callable[..., Output]:
-        """`(params, batch, key=None) -> Output(hidden, head)`: what losses are made from."""
+        """`(params, batch, key=None) -> Output(hidden, head, routed)`: what losses are made from."""
         return forward(self.module)
 
     def logits(self, tokens: Any) -> Array:
@@ -42,7 +42,7 @@ class Model:
         ids = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         ones = jnp.ones_like(ids)
-        hidden, head = self.forward(self.params, Batch(ids, ones, ones, positions))
+        hidden, head, _ = self.forward(self.params, Batch(ids, ones, ones, positions))
         return matmul(hidden, head).astype(jnp.float32)
 
 

@@ -23,6 +23,7 @@ from sftjax.config import UserError
 from sftjax.losses import preference
 from sftjax.losses.preference import DIVERGENCES, LOSSES, PER_TOKEN, UNPAIRED, WITHOUT_REFERENCE, Answers, Pairs
 from sftjax.losses.tokens import Forward, Loss, logprobs, shift
+from sftjax.models.decoder import Output
 
 Reference = Callable[[Any], Any] | str
 
@@ -165,7 +166,7 @@ def token_logps(forward: Forward) -> Callable[[Any, Any], Array]:
 
     def run(params: Any, batch: Any) -> Array:
         targets, _ = shift(batch)
-        return jnp.roll(_inside(batch) * logprobs(*forward(params, batch, None), targets), 1, axis=1)
+        return jnp.roll(_inside(batch) * _logps(forward(params, batch, None), targets), 1, axis=1)
 
     return run
 
@@ -175,7 +176,7 @@ def _predicted(
 ) -> tuple[Array, Array, Array]:
     """Log-probs, the reference's, and weights of the tokens by the position that predicts them, each [B, T]."""
     targets, weights = shift(batch)
-    logps = logprobs(*forward(params, batch, key), targets)
+    logps = _logps(forward(params, batch, key), targets)
     if reference is None or reference == "none":
         return logps, jnp.zeros_like(logps), weights
     if isinstance(reference, str):
@@ -183,7 +184,11 @@ def _predicted(
             raise UserError('reference="batch": this batch carries no reference; make it a losses.Referred')
         return logps, jnp.roll(batch.reference, -1, axis=1), weights
     base = jax.lax.stop_gradient(reference(params))
-    return logps, logprobs(*forward(base, batch, None), targets), weights
+    return logps, _logps(forward(base, batch, None), targets), weights
+
+
+def _logps(output: Output, targets: Array) -> Array:
+    return logprobs(output.hidden, output.head, targets)
 
 
 def _inside(batch: Any) -> Array:

@@ -19,6 +19,7 @@ from jax import Array
 
 from sftjax.data.batch import Batch
 from sftjax.models.decoder import Output
+from sftjax.models.moe import Routed
 from sftjax.weights import kinds
 
 Forward = Callable[..., Output]
@@ -27,20 +28,38 @@ Loss = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]
 BLOCK = 2**22  # logits at a time: 16 MiB of float32
 
 
-def masked_xent(forward: Forward, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Loss:
+def masked_xent(forward: Forward, *, label_smoothing: float = 0.0, z_loss: float = 0.0, router_balance: float = 0.0) -> Loss:
     """`(params, batch, key) -> (sum, count, {"nll": sum})`: sums over the batch, to be divided once.
 
     Token t counts `batch.weights[t]` times and is predicted from the token before it in its segment. The loss is
-    (1 - s) * nll + s * mean over the vocabulary of -log p, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5).
+    (1 - s) * nll + s * mean over the vocabulary of -log p, plus z_loss * log(Z)^2 (arXiv:2204.02311, section 5), plus
+    router_balance times `balance` of a mixture's routers, which is taken over the rows of one call and so, alone of all
+    that is here, depends on how a batch is cut.
     """
 
     def loss(params: Any, batch: Batch, key: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
-        hidden, head = forward(params, batch, key)
+        hidden, head, routed = forward(params, batch, key)
         targets, weights = shift(batch)
         total, nll = _xent(label_smoothing, z_loss, hidden, head, targets, weights)
-        return total, weights.sum(), {"nll": jax.lax.stop_gradient(nll)}
+        metrics = {"nll": jax.lax.stop_gradient(nll)}
+        if router_balance:
+            assert routed is not None, "router_balance: the model has no experts"
+            uneven = weights.sum() * balance(routed)
+            total += router_balance * uneven
+            metrics["router_balance"] = jax.lax.stop_gradient(uneven)
+        return total, weights.sum(), metrics
 
     return loss
+
+
+def balance(routed: Routed) -> Array:
+    """E * sum_e f_e p_e, f_e the share of all layers' tokens that had expert e, p_e its mean probability; even routers give k.
+
+    arXiv:2101.03961, eq. 4.
+    """
+    layers_tokens = jnp.maximum(routed.tokens.sum(), 1)
+    f, p = (x.sum(0) / layers_tokens for x in (routed.chosen, routed.probs))
+    return f.shape[0] * (f * p).sum()
 
 
 def shift(batch: Batch) -> tuple[Array, Array]:

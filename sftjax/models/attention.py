@@ -2,6 +2,8 @@
 
     o_t = sum_s softmax_s(scale * q_t . k_s) v_s    over s <= t, segment(s) = segment(t), t - s < window
 
+A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2).
+
 Queries go in chunks; a chunk sees only the keys before its own end (and within its window), so causality halves the
 work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
 (arXiv:2205.14135, algorithm 4). Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,21 @@ FAR = 2**30  # a window that sees everything
 MASKED = -1e30  # finite, so that a fully masked row gives a uniform mean and never nan
 
 
-def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Array | None = None, scale: float) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    window: int | Array | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> Array:
     """q [B, T, N, H], k and v [B, T, K, H], segments [B, T] -> [B, T, N, H] in q's dtype.
 
     `window` counts the keys a query sees, its own included; an Array where it differs from layer to layer of a scan.
     """
-    fn = partial(_attention, static_window=window if isinstance(window, int) else None, scale=scale)
+    fn = partial(_attention, how=How(window if isinstance(window, int) else None, scale, softcap))
     window = jnp.asarray(FAR if window is None else window, jnp.int32)
     mesh = sharding.mesh_in_use()
     if mesh is None:
@@ -49,7 +60,15 @@ def attention(q: Array, k: Array, v: Array, segments: Array, *, window: int | Ar
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, layer: Any, positions: Array, *, window: int | Array | None, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: Any,
+    positions: Array,
+    *,
+    window: int | Array | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> Array:
     """q [B, T, N, H] at positions [B, T] against one layer of a cache k [L, B, K, H, S], v [L, B, K, S, H].
 
@@ -58,7 +77,7 @@ def cached_attention(
     S = v.shape[3]
 
     def attend(n: int) -> Array:
-        return _cached(q, k[layer, ..., :n], v[layer, ..., :n, :], positions, window, scale)
+        return _cached(q, k[layer, ..., :n], v[layer, ..., :n, :], positions, window, scale, softcap)
 
     if jax.default_backend() != "cpu" or S < 128:
         return attend(S)
@@ -69,14 +88,16 @@ def cached_attention(
     )
 
 
-def _cached(q: Array, k: Array, v: Array, positions: Array, window: int | Array | None, scale: float) -> Array:
+def _cached(
+    q: Array, k: Array, v: Array, positions: Array, window: int | Array | None, scale: float, softcap: float | None
+) -> Array:
     """k [B, K, H, S], v [B, K, S, H]."""
     B, T, N, H = q.shape
     K, S = v.shape[1:3]
     G = N // K
     # one product a kv head over its G queries of all T positions: with T an axis of its own, the CPU transposes the results
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale
+    scores = _capped(jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale, softcap)
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
     seen = (behind >= 0) & (behind < (FAR if window is None else window))
     scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED)
@@ -85,7 +106,19 @@ def _cached(q: Array, k: Array, v: Array, positions: Array, window: int | Array 
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, static_window: int | None, scale: float) -> Array:
+def _capped(scores: Array, softcap: float | None) -> Array:
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+class How(NamedTuple):
+    """What a program is made for."""
+
+    window: int | None  # where all layers share it
+    scale: float
+    softcap: float | None
+
+
+def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, how: How) -> Array:
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
@@ -94,7 +127,7 @@ def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, 
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
-    one = partial(_heads, static_window, scale)
+    one = partial(_heads, how)
 
     def row(q: Array, k: Array, v: Array, segments: Array) -> Array:  # [K, G, T, H], [K, T, H], [T]
         return _each(lambda x: one(*x, segments, window), (q, k, v))
@@ -115,26 +148,27 @@ def _chunks(T: int, window: int | None) -> list[tuple[int, int, int]]:
     return [(t, max(0, t - window + 1) if window else 0, min(t + C, T)) for t in starts]
 
 
-def _scores(q: Array, k: Array, segments: Array, window: Array, scale: float, t: int, s: int, end: int) -> Array:
+def _scores(how: How, q: Array, k: Array, segments: Array, window: Array, t: int, s: int, end: int) -> Array:
     """Masked scores of queries t:end against keys s:end, [G, C, S] float32."""
-    scores = jnp.einsum("gth,sh->gts", q[:, t:end], k[s:end], preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("gth,sh->gts", q[:, t:end], k[s:end], preferred_element_type=jnp.float32)
+    scores = _capped(scores * how.scale, how.softcap)
     behind = jnp.arange(t, end)[:, None] - jnp.arange(s, end)
     seen = (behind >= 0) & (behind < window) & (segments[t:end, None] == segments[None, s:end])
     return jnp.where(seen, scores, MASKED)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _heads(static_window, scale, q, k, v, segments, window):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _heads(how, q, k, v, segments, window):
     """One kv head and its G query heads: q [G, T, H], k and v [T, H] -> [G, T, H]."""
-    return _heads_fwd(static_window, scale, q, k, v, segments, window)[0]
+    return _heads_fwd(how, q, k, v, segments, window)[0]
 
 
-def _heads_fwd(static_window, scale, q, k, v, segments, window):
+def _heads_fwd(how, q, k, v, segments, window):
     outs: list[Array] = []
     lses: list[Array] = []
-    for t, s, end in _chunks(q.shape[1], static_window):
+    for t, s, end in _chunks(q.shape[1], how.window):
         q, outs = jax.lax.optimization_barrier((q, outs))  # a chunk after the other: together their scores would be [T, T]
-        scores = _scores(q, k, segments, window, scale, t, s, end)
+        scores = _scores(how, q, k, segments, window, t, s, end)
         top = scores.max(-1, keepdims=True)
         e = jnp.exp(scores - top)
         total = e.sum(-1, keepdims=True)
@@ -147,16 +181,20 @@ def _heads_fwd(static_window, scale, q, k, v, segments, window):
     return o, (q, k, v, segments, window, o, lse)
 
 
-def _heads_bwd(static_window, scale, residuals, do):
+def _heads_bwd(how, residuals, do):
     q, k, v, segments, window, o, lse = residuals
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
     # dk and dv are [H, T] until the end: as [T, H] they would have a CPU transpose the scores, not the queries
     dq, dk, dv = [], jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
-    for t, s, end in _chunks(q.shape[1], static_window):
+    for t, s, end in _chunks(q.shape[1], how.window):
         q, k, do, dk, dv = jax.lax.optimization_barrier((q, k, do, dk, dv))
-        p = jnp.exp(_scores(q, k, segments, window, scale, t, s, end) - lse[:, t:end])
+        scores = _scores(how, q, k, segments, window, t, s, end)
+        p = jnp.exp(scores - lse[:, t:end])
         dp = jnp.einsum("gth,sh->gts", do[:, t:end], v[s:end], preferred_element_type=jnp.float32)
-        ds = (p * (dp - delta[:, t:end]) * scale).astype(q.dtype)
+        ds = p * (dp - delta[:, t:end]) * how.scale
+        if how.softcap:  # clipped: what is masked is -1e30, and p is 0 there
+            ds *= 1 - jnp.square(jnp.clip(scores / how.softcap, -1, 1))
+        ds = ds.astype(q.dtype)
         dq.append(jnp.einsum("gts,sh->gth", ds, k[s:end]))
         dk = dk.at[:, s:end].add(jnp.einsum("gth,gts->hs", q[:, t:end], ds, preferred_element_type=jnp.float32))
         dv = dv.at[:, s:end].add(jnp.einsum("gth,gts->hs", do[:, t:end], p.astype(do.dtype), preferred_element_type=jnp.float32))

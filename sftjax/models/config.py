@@ -10,15 +10,30 @@ class Rope:
     """Rotary embedding and its context extension, in the words of Hugging Face's `rope_scaling`."""
 
     theta: float = 10_000.0
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
     factor: float = 1.0
-    original_max_positions: int = 0  # the length before extension (dynamic, llama3, yarn)
+    original_max_positions: int = 0  # the length before extension (dynamic, llama3, yarn, longrope)
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: what cos and sin are multiplied by
+    attention_factor: float = 1.0  # yarn, longrope: what cos and sin are multiplied by
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: what each frequency is divided by within the original length ...
+    long_factor: tuple[float, ...] = ()  # ... and beyond it
+    partial: float = 1.0  # the share of H that turns; the rest of a head has no positions
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture in place of the MLP: a router gives each token to `active` of `number` experts, each a gated MLP."""
+
+    number: int  # E
+    active: int
+    width: int  # F of one expert
+    normalise: bool = True  # the chosen experts' probabilities are made to sum to 1
+    shared: int = 0  # F of an expert that every token has, weighed by a sigmoid of its own; 0 = none
+    balance: float = 0.0  # the checkpoint's own weight of the load-balancing loss
 
 
 @dataclass(frozen=True)
@@ -37,9 +52,22 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm over H on queries and keys, before RoPE
+    fused_qkv: bool = False  # q, k and v are one kernel
+    fused_mlp: bool = False  # gate and up are one kernel
+    qk_norm: str | None = None  # RMS norm on queries and keys, before RoPE: over each "head", or over "all" of them
     windows: tuple[int | None, ...] = ()  # per layer: keys seen, the query's own included; () or None = all
     rope: Rope = Rope()
+    ropes: tuple[Rope | None, ...] = ()  # per layer, None = no positions; () = `rope` in all of them
+    attn_scale: float | None = None  # of the scores; None = H ** -0.5
+    attn_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    logit_softcap: float | None = None  # and so do logits
     norm_eps: float = 1e-6
+    norm_offset: bool = False  # norms multiply by 1 + scale
+    pre_norms: bool = True  # norms before attention and MLP ...
+    post_norms: bool = False  # ... and after them, before the residual sum
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_scale: float = 1.0
     activation: str = "silu"  # silu | gelu | gelu_tanh
+    experts: Experts | None = None
     init_std: float = 0.02

@@ -2,8 +2,9 @@
 
     x = x + o(attention(rope(q(n1 x)), rope(k(n1 x)), v(n1 x)));  x = x + down(act(gate(n2 x)) * up(n2 x))
 
-Layers are one scanned body over stacked parameters [L, ...]; unrolled they read the same parameters. The output head is
-no part of the module: `head(params)` is a weight [D, V], so that losses apply it to blocks of tokens.
+What else a family may have (norms after as well, soft caps, scales, experts) is a field of its DecoderConfig. Layers are one
+scanned body over stacked parameters [L, ...]; unrolled they read the same parameters. The output head is no part of the
+module: `head(params, config)` is a weight [D, V], so that losses apply it to blocks of tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +21,10 @@ from sftjax import sharding
 from sftjax.data.batch import Batch
 from sftjax.models import attention
 from sftjax.models.config import DecoderConfig
-from sftjax.models.layers import Dense, Embed, RMSNorm, rope, rotate
+from sftjax.models.layers import MLP, Dense, Embed, RMSNorm, rope, rotate
+from sftjax.models.moe import Mixture, Routed
 from sftjax.weights import kinds
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 # by name, not by kind of operation: on CPU attention's own products are inside loops and would be saved whole
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
@@ -56,10 +53,11 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """hidden [B, T, D] after the last norm, and the head [D, V] that makes logits of it."""
+    """hidden [B, T, D] after the last norm, the head [D, V] that makes logits of it, and what the experts' routers did."""
 
     hidden: Array
     head: kinds.Weight
+    routed: Routed | None = None
 
 
 class Attention(nn.Module):
@@ -79,31 +77,35 @@ class Attention(nn.Module):
         c = self.config
         B, T, _ = x.shape
 
-        def heads(name: str, n: int) -> Array:
-            return Dense(n * c.head_dim, c.qkv_bias, c.init_std, name=name)(x).reshape(B, T, n, c.head_dim)
+        def norm(name: str, y: Array, n: int) -> Array:
+            y = y.reshape(B, T, n, c.head_dim) if c.qk_norm == "head" else y
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(y) if c.qk_norm else y
 
-        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
-        if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        sizes = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
+        if c.fused_qkv:
+            ends = [c.heads * c.head_dim, (c.heads + c.kv_heads) * c.head_dim]
+            qkv = Dense(sum(sizes.values()) * c.head_dim, c.qkv_bias, c.init_std, name="qkv")(x)
+            q, k, v = jnp.split(qkv, ends, -1)
+        else:
+            q, k, v = (Dense(n * c.head_dim, c.qkv_bias, c.init_std, name=name)(x) for name, n in sizes.items())
+        q, k = norm("q_norm", q, c.heads), norm("k_norm", k, c.kv_heads)
+        q, k, v = (y.reshape(B, T, n, c.head_dim) for y, n in zip((q, k, v), sizes.values()))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
         if cache is None:
-            y = attention.attention(q, k, v, segments, window=window, scale=c.head_dim**-0.5)
+            y = attention.attention(q, k, v, segments, window=window, scale=scale, softcap=c.attn_softcap)
         else:
             cache = cache.write(layer, positions, k, v)
-            y = attention.cached_attention(q, *cache, layer, positions, window=window, scale=c.head_dim**-0.5)
+            y = attention.cached_attention(q, *cache, layer, positions, window=window, scale=scale, softcap=c.attn_softcap)
         return Dense(c.width, c.o_bias, c.init_std, name="o")(y.reshape(B, T, -1)), cache
 
 
-class MLP(nn.Module):
-    config: DecoderConfig
+class PerLayer(NamedTuple):
+    """What layers differ in, by their number: each [L], or None where all are alike."""
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        gate = Dense(c.mlp_width, c.mlp_bias, c.init_std, name="gate")(x)
-        x, gate = jax.lax.optimization_barrier((x, gate))  # where kernels are dequantised, one of the two at a time
-        up = Dense(c.mlp_width, c.mlp_bias, c.init_std, name="up")(x)
-        return Dense(c.width, c.mlp_bias, c.init_std, name="down")(ACTIVATIONS[c.activation](gate) * up)
+    number: Array
+    window: Array | None
+    rope: Array | None  # which of the distinct rotary embeddings
 
 
 class Block(nn.Module):
@@ -111,21 +113,32 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Cache | None], per_layer: tuple[Array, Any], rotary: Any, segments: Array, positions: Array
-    ) -> tuple[tuple[Array, Cache | None], None]:
+        self, carry: tuple[Array, Cache | None], per_layer: PerLayer, rotaries: Any, segments: Array, positions: Array
+    ) -> tuple[tuple[Array, Cache | None], Routed | None]:
         c = self.config
         x, cache = carry
-        layer, window = per_layer
-        window = uniform_window(c) if window is None else window
-        y = RMSNorm(c.norm_eps, name="attn_norm")(x)
-        y, cache = Attention(c, name="attn")(y, rotary, segments, positions, window, layer, cache)
-        x = sharding.constrain(x + y, sharding.BATCH, None, None)
-        x = sharding.constrain(x + MLP(c, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x)), sharding.BATCH, None, None)
-        return (x, cache), None
+        window = uniform_window(c) if per_layer.window is None else per_layer.window
+        rotary = rotaries[0] if per_layer.rope is None else jax.tree.map(lambda *each: jnp.stack(each)[per_layer.rope], *rotaries)
+
+        def before(name: str, x: Array) -> Array:
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x) if c.pre_norms else x
+
+        def add(x: Array, name: str, y: Array) -> Array:
+            if c.post_norms:
+                y = RMSNorm(c.norm_eps, c.norm_offset, name=name)(y)
+            return sharding.constrain(x + c.residual_scale * y, sharding.BATCH, None, None)
+
+        y = before("attn_norm", x)
+        y, cache = Attention(c, name="attn")(y, rotary, segments, positions, window, per_layer.number, cache)
+        x = add(x, "attn_post_norm", y)
+        # Hugging Face calls two different norms post_attention_layernorm, and so two names here
+        y = before("mlp_pre_norm" if c.post_norms else "mlp_norm", x)
+        y, routed = Mixture(c, name="mlp")(y, segments) if c.experts else (MLP(c, name="mlp")(y), None)
+        return (add(x, "mlp_post_norm", y), cache), routed
 
 
 class Decoder(nn.Module):
-    """tokens, segments, positions [B, T] -> (hidden [B, T, D], cache). `dtype` is the compute dtype.
+    """tokens, segments, positions [B, T] -> (hidden [B, T, D], cache, routed). `dtype` is the compute dtype.
 
     `on_embed` maps the embeddings [B, T, D] before the first layer: the one hook that NEFTune needs. `lower` is the
     number of layers in a first stack of their own (`weights.select.cut`).
@@ -145,22 +158,28 @@ class Decoder(nn.Module):
         positions: Array,
         cache: Cache | None = None,
         on_embed: Callable[[Array], Array] | None = None,
-    ) -> tuple[Array, Cache | None]:
+    ) -> tuple[Array, Cache | None, Routed | None]:
         c = self.config
         x = Embed(c.vocab, c.width, self.dtype, c.init_std, name="embed")(tokens)
+        x *= jnp.asarray(c.embed_scale, x.dtype)
         x = sharding.constrain(on_embed(x) if on_embed else x, sharding.BATCH, None, None)
-        rotary = rope(positions, segments, c.head_dim, c.max_positions, c.rope)
-        windows = None
-        if len(set(c.windows)) > 1:
-            windows = jnp.asarray([attention.FAR if w is None else w for w in c.windows], jnp.int32)
+        ropes = list(dict.fromkeys(c.ropes or (c.rope,)))
+        rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r) for r in ropes]
+        per_layer = PerLayer(
+            jnp.arange(c.layers),
+            jnp.asarray([attention.FAR if w is None else w for w in c.windows], jnp.int32) if len(set(c.windows)) > 1 else None,
+            jnp.asarray([ropes.index(r) for r in c.ropes]) if len(ropes) > 1 else None,
+        )
         stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}
-        carry = (x, cache)
+        carry, routed = (x, cache), list[Any]()
         for name, (start, end) in stacks.items():
             if start < end:
-                per_layer = (jnp.arange(start, end), None if windows is None else windows[start:end])
-                carry, _ = self.stack(end - start, name)(carry, per_layer, rotary, segments, positions)
+                here = jax.tree.map(lambda x, start=start, end=end: x[start:end], per_layer)
+                carry, of_stack = self.stack(end - start, name)(carry, here, rotaries, segments, positions)
+                routed.append(of_stack)
         x, cache = carry
-        return RMSNorm(c.norm_eps, name="final_norm")(x), cache
+        x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x) * jnp.asarray(c.logit_scale, x.dtype)
+        return x, cache, jax.tree.map(lambda *each: jnp.concatenate(each), *routed)
 
     def stack(self, length: int, name: str) -> nn.Module:
         """`length` blocks as one scanned body."""
@@ -181,9 +200,10 @@ def uniform_window(c: DecoderConfig) -> int | None:
     return c.windows[0] if c.windows and len(set(c.windows)) == 1 else None
 
 
-def head(params: Any) -> kinds.Weight:
+def head(params: Any, c: DecoderConfig) -> kinds.Weight:
     """The output weight [D, V]: the head's kernel, or the embedding transposed where they are tied."""
-    return params["head"]["kernel"] if "head" in params else kinds.transpose(params["embed"]["embedding"])
+    kernel = params["head"]["kernel"] if "head" in params else kinds.transpose(params["embed"]["embedding"])
+    return kinds.Capped(kernel, c.logit_softcap) if c.logit_softcap else kernel
 
 
 def forward(model: Decoder) -> Callable[..., Output]:
@@ -191,8 +211,9 @@ def forward(model: Decoder) -> Callable[..., Output]:
 
     def run(params: Any, batch: Batch, key: Array | None = None, on_embed: Callable[[Array], Array] | None = None) -> Output:
         rngs = None if key is None else {"dropout": key}
-        hidden, _ = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions, on_embed=on_embed, rngs=rngs)
-        return Output(hidden, head(params))
+        arrays = batch.tokens, batch.segments, batch.positions
+        hidden, _, routed = model.apply({"params": params}, *arrays, on_embed=on_embed, rngs=rngs)  # type: ignore[misc]
+        return Output(hidden, head(params, model.config), routed)
 
     return run
 

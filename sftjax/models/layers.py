@@ -1,4 +1,4 @@
-"""Dense, Embed, RMS norm and rotary embeddings. A parameter is read where it stands, whatever kind of weight it is."""
+"""Dense, MLP, Embed, RMS norm and rotary embeddings. A parameter is read where it stands, whatever kind of weight it is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from sftjax.models.config import Rope
+from sftjax.models.config import DecoderConfig, Rope
 from sftjax.weights import kinds
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class Dense(nn.Module):
@@ -31,6 +37,23 @@ class Dense(nn.Module):
         return checkpoint_name(y, "product")
 
 
+class MLP(nn.Module):
+    """down(act(gate x) * up x)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        if c.fused_mlp:
+            gate, up = jnp.split(Dense(2 * c.mlp_width, c.mlp_bias, c.init_std, name="gate_up")(x), 2, -1)
+        else:
+            gate = Dense(c.mlp_width, c.mlp_bias, c.init_std, name="gate")(x)
+            x, gate = jax.lax.optimization_barrier((x, gate))  # where kernels are dequantised, one of the two at a time
+            up = Dense(c.mlp_width, c.mlp_bias, c.init_std, name="up")(x)
+        return Dense(c.width, c.mlp_bias, c.init_std, name="down")(ACTIVATIONS[c.activation](gate) * up)
+
+
 class Embed(nn.Module):
     """ids [...] -> [..., D]; embedding [V, D]."""
 
@@ -47,15 +70,19 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale. arXiv:1910.07467."""
+    """x / sqrt(mean(x^2) + eps) * scale, or * (1 + scale) with an offset. arXiv:1910.07467."""
 
     eps: float
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = parameter(self, "scale", start, (x.shape[-1],))
         wide = x.astype(jnp.float32)  # float32: the mean of thousands of squares
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+        if self.offset:  # rounded once, at the end: as those that have it
+            return ((1 + scale.astype(jnp.float32)) * wide).astype(x.dtype)
         return scale.astype(x.dtype) * wide.astype(x.dtype)
 
 
@@ -66,15 +93,20 @@ def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -
     return module.param(name, init, shape)
 
 
-def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c: Rope) -> tuple[Array, Array]:
-    """cos and sin [B, T, 1, H], float32, for positions [B, T]. arXiv:2104.09864.
+def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c: Rope | None) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, R], float32, for positions [B, T], R the part of H that turns. arXiv:2104.09864.
 
-    kind     inverse frequencies
-    linear   divided by factor (arXiv:2306.15595)
-    dynamic  theta grows with the sequence beyond the trained length (NTK-aware); a sequence is one segment
-    llama3   long wavelengths divided, short kept, between them blended
-    yarn     the same by dimension, and cos and sin scaled (arXiv:2309.00071)
+    kind      inverse frequencies
+    linear    divided by factor (arXiv:2306.15595)
+    dynamic   theta grows with the sequence beyond the trained length (NTK-aware); a sequence is one segment
+    llama3    long wavelengths divided, short kept, between them blended
+    yarn      the same by dimension, and cos and sin scaled (arXiv:2309.00071)
+    longrope  each divided by a factor of its own, by another in sequences beyond the trained length (arXiv:2402.13753)
     """
+    if c is None:  # turned by nothing: of the shape of the others, which its layers are stacked with
+        flat = jnp.ones((*positions.shape, 1, head_dim), jnp.float32)
+        return flat, 0 * flat
+    head_dim = int(head_dim * c.partial)
     half = head_dim // 2
     exponents = jnp.arange(half, dtype=jnp.float32) * 2 / head_dim
     frequencies = c.theta**-exponents  # [H/2]
@@ -92,6 +124,9 @@ def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c
         lengths = jnp.maximum(segment_lengths(positions, segments), max_positions)[..., None]  # [B, T, 1]
         grown = c.factor * lengths / max_positions - (c.factor - 1)
         frequencies = (c.theta * grown ** (head_dim / (head_dim - 2))) ** -exponents  # [B, T, H/2]
+    elif c.kind == "longrope":
+        beyond = segment_lengths(positions, segments)[..., None] > c.original_max_positions  # [B, T, 1]
+        frequencies = frequencies / jnp.where(beyond, jnp.asarray(c.long_factor), jnp.asarray(c.short_factor))
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
     return jnp.cos(angles) * c.attention_factor, jnp.sin(angles) * c.attention_factor
@@ -118,6 +153,8 @@ def segment_lengths(positions: Array, segments: Array) -> Array:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """x [B, T, N, H] turned by its position: pairs are (i, i + H/2), as Hugging Face lays them out."""
-    a, b = jnp.split(x, 2, axis=-1)
-    return (x * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)
+    """x [B, T, N, H], of which the first R turn by their position: pairs are (i, i + R/2), as Hugging Face lays them out."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = jnp.split(turned, 2, axis=-1)
+    turned = (turned * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned

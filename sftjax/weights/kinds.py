@@ -6,6 +6,7 @@
     Nf4, Int8    a frozen kernel in 4 or 8 bits                        `weights.quantize`
     Adapter      y + silu(y @ down + c) @ up + d, y = x @ base         bottleneck adapters, arXiv:1902.00751
     Tokens       an embedding or a head, of which the rows of some tokens train
+    Capped       cap * tanh(x @ base / cap), a head's soft cap
 
 The base comes first in every node and may itself be a kind: `lora(quantize(params))` is QLoRA. What `trains` names are the
 parts that training may change, of the base those that it says itself.
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sftjax.config import UserError
+from sftjax.weights import grouped
+from sftjax.weights.grouped import Groups
 from sftjax.weights.quantize import Quantised
 
 Weight = Any  # Array | Quantised | Kind
@@ -123,31 +126,57 @@ class Tokens(Kind):
         return {"base": kernel, "rows": (None, kernel[1 - self.axis])}
 
 
-def matmul(x: Array, w: Weight, key: Array | None = None) -> Array:
-    """x [..., in] @ w [in, out] -> [..., out] in x's dtype. `key` turns on the dropout that the weight asks for."""
+@partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=["cap"])
+@dataclass(frozen=True)
+class Capped(Kind):
+    """A head whose logits stay within (-cap, cap). arXiv:2408.00118, section 2. It stands around a head, never in a tree."""
+
+    base: Weight
+    cap: float
+    trains: ClassVar = ("base",)
+
+
+def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None = None) -> Array:
+    """x [..., in] @ w [in, out] -> [..., out] in x's dtype. `key` turns on the dropout that the weight asks for.
+
+    With groups, x [R, in] are rows sorted by expert and w [E, in, out] has a matrix for each.
+    """
+    times = partial(matmul, groups=groups)
+
+    def of_rows(v: Array) -> Array:  # what a kind has for each output, of its row's expert
+        return v if groups is None else v[groups.experts]
+
     match w:
         case LowRank(dropout=rate) if rate and key is not None:
             kept = jax.random.bernoulli(key, 1 - rate, x.shape)
             dropped = jnp.where(kept, x / (1 - rate), 0)
-            return matmul(x, w.base) + w.scale * matmul(matmul(dropped, w.a), w.b)
-        case LowRank() if x.dtype == jnp.float32 and not isinstance(w.base, Kind) and x.size > 4 * math.prod(w.shape):
+            return times(x, w.base) + w.scale * times(times(dropped, w.a), w.b)
+        case LowRank() if groups is None and _wins_dense(x, w):
             return _low_rank_matmul(w.scale, x, w.base, w.a, w.b)
         case LowRank():
             x, a, b = _together((x, w.a, w.b))
-            return matmul(x, w.base) + w.scale * matmul(matmul(x, a), b)
+            return times(x, w.base) + w.scale * times(times(x, a), b)
         case Dora():
             # float32: in bfloat16 a magnitude that moved by less than 0.4 % would not have moved
-            return (matmul(x, w.base, key).astype(jnp.float32) * w.columns()).astype(x.dtype)
+            return (times(x, w.base, key).astype(jnp.float32) * of_rows(w.columns())).astype(x.dtype)
         case Adapter():
-            y = matmul(x, w.base, key)
-            inner = jax.nn.silu(matmul(y, w.down) + w.down_bias.astype(x.dtype))
-            return y + matmul(inner, w.up) + w.up_bias.astype(x.dtype)
+            y = times(x, w.base, key)
+            inner = jax.nn.silu(times(y, w.down) + of_rows(w.down_bias).astype(x.dtype))
+            return y + times(inner, w.up) + of_rows(w.up_bias).astype(x.dtype)
         case Tokens():
             return matmul(x, w.base).at[..., jnp.asarray(w.ids)].set(matmul(x, w.rows.T))
+        case Capped():
+            return w.cap * jnp.tanh(matmul(x, w.base) / w.cap)
         case Quantised():
-            return _frozen_product(x, w)
+            return _frozen_product(x, w, groups)
+        case _ if groups is not None:
+            return grouped.product(x, w.astype(x.dtype), groups)
         case _:
             return _product(x, w.astype(x.dtype))
+
+
+def _wins_dense(x: Array, w: LowRank) -> bool:
+    return x.dtype == jnp.float32 and not isinstance(w.base, Kind) and x.size > 4 * math.prod(w.shape)
 
 
 def dense(w: Weight, dtype: Any = None) -> Array:
@@ -267,17 +296,20 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 @jax.custom_vjp
-def _frozen_product(x: Array, w: Quantised) -> Array:
+def _frozen_product(x: Array, w: Quantised, groups: Groups | None) -> Array:
     """x @ w. Only the few bits are kept for the backward pass: it dequantises again, so no wide copy outlives its product."""
-    return x @ _after(x, w).dequantise(x.dtype)
+    wide = _after(x, w).dequantise(x.dtype)
+    return x @ wide if groups is None else grouped.product(x, wide, groups)
 
 
-def _frozen_fwd(x, w):
-    return _frozen_product(x, w), w
+def _frozen_fwd(x, w, groups):
+    return _frozen_product(x, w, groups), (w, groups)
 
 
-def _frozen_bwd(w, dy):
-    return dy @ _after(dy, w).dequantise(dy.dtype).T, None
+def _frozen_bwd(residuals, dy):
+    w, groups = residuals
+    wide = jnp.swapaxes(_after(dy, w).dequantise(dy.dtype), -1, -2)
+    return dy @ wide if groups is None else grouped.product(dy, wide, groups), None, None
 
 
 _frozen_product.defvjp(_frozen_fwd, _frozen_bwd)

@@ -18,29 +18,43 @@ MODULES = {
     "attn/k": "self_attn.k_proj",
     "attn/v": "self_attn.v_proj",
     "attn/o": "self_attn.o_proj",
+    "attn/qkv": "self_attn.qkv_proj",
     "mlp/gate": "mlp.gate_proj",
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
+    "mlp/gate_up": "mlp.gate_up_proj",
+    "mlp/router": "mlp.gate",
+    "mlp/experts/gate": "mlp.experts.gate_proj",
+    "mlp/experts/up": "mlp.experts.up_proj",
+    "mlp/experts/down": "mlp.experts.down_proj",
+    "mlp/shared/gate": "mlp.shared_expert.gate_proj",
+    "mlp/shared/up": "mlp.shared_expert.up_proj",
+    "mlp/shared/down": "mlp.shared_expert.down_proj",
+    "mlp/shared_gate": "mlp.shared_expert_gate",
     "head": "lm_head",
     "embed": "embed_tokens",
     "attn/q_norm": "self_attn.q_norm",
     "attn/k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
+    "attn_post_norm": "post_attention_layernorm",  # in families that have norms after attention and MLP
+    "mlp_pre_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
     "final_norm": "norm",
 }
 KERNELS = ("/kernel", "/embedding")
 ENDS = ("head/kernel", "embed/embedding")  # not among "all-linear", as everywhere
+GATES = ("layers/mlp/router/kernel", "layers/mlp/shared_gate/kernel")  # nor these: who sees a token is not what they say of it
 
 
 def match(params: Any, targets: str | Sequence[str], option: str = "lora.targets") -> set[str]:
     """Paths of the kernels that `targets` names. Raises UserError, in the name of the option, where one matches nothing.
 
-    `targets` are "all-linear" (every kernel but the head's and the embedding), module names and regexes (a sequence, or text
-    with commas between them) matched to the end of names such as `layers.self_attn.q_proj`.
+    `targets` are "all-linear" (every kernel but the head's, the embedding and a mixture's gates), module names and regexes (a
+    sequence, or text with commas between them) matched to the end of names such as `layers.self_attn.q_proj`.
     """
     kernels = {path for path in tree.flatten(params) if path.endswith(KERNELS)}
-    linear = kernels - set(ENDS) if "all-linear" in parts(targets) else set()
+    linear = kernels - {*ENDS, *GATES} if "all-linear" in parts(targets) else set()
     return linear | find(kernels, [target for target in parts(targets) if target != "all-linear"], option)
 
 

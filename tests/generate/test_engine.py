@@ -49,7 +49,7 @@ def assert_greedy(model, params, prompts, answers, slack=1e-4):
 SWITCHES = {
     "plain": {},
     "tied, biases": {"tied": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
-    "qk_norm, one window": {"qk_norm": True, "windows": (7, 7, 7)},
+    "qk_norm, one window": {"qk_norm": "head", "windows": (7, 7, 7)},
     "windows by layer": {"windows": (None, 5, 9), "kv_heads": 4},
     "yarn": {"max_positions": 64, "rope": Rope(kind="yarn", factor=2, original_max_positions=64)},
 }

@@ -65,7 +65,7 @@ def test_what_transformers_writes_is_read_as_transformers_reads_it(family):
         assert (ours.head_dim, ours.tied) == (theirs.head_dim, theirs.tie_word_embeddings)
         assert (ours.norm_eps, ours.max_positions) == (theirs.rms_norm_eps, theirs.max_position_embeddings)
         assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
-        assert ours.qk_norm == (family == "qwen3")
+        assert ours.qk_norm == ("head" if family == "qwen3" else None)
         bias = getattr(theirs, "attention_bias", False)
         assert (ours.qkv_bias, ours.o_bias) == (bias or family == "qwen2", bias)
         assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)

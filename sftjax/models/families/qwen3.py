@@ -13,7 +13,7 @@ def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     refuse(raw, "mlp_bias")
     bias = flag(raw, "attention_bias")
     config = base(raw, max_positions=32_768, kv_heads=32, head_dim=128)
-    return replace(config, qk_norm=True, qkv_bias=bias, o_bias=bias, windows=layer_windows(raw))
+    return replace(config, qk_norm="head", qkv_bias=bias, o_bias=bias, windows=layer_windows(raw))
 
 
 FAMILY = Family("Qwen3ForCausalLM", config_from_hf)
