@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sftjax.data.chat import Chat
 from sftjax.data.example import Example, Message, RowError
-from sftjax.evaluate.metrics import exact_match, macro_f1
+from sftjax.evaluate.metrics import Sums, all_sums, exact_match, fitting, mean, total
 from sftjax.generate.engine import Engine
 
 
@@ -23,11 +25,13 @@ class Question(NamedTuple):
     expected: str | None
     messages: tuple[Message, ...] = ()  # that were asked, where the row is a conversation
     label: str | None = None
+    tags: tuple[str, ...] = ()
+    where: str = ""  # file:line
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Plain values only: it is kept as JSON."""
+    """Plain values only: it is kept as JSON. `repeated` and `overlong` as `loops` and `too_long` say."""
 
     prompt: str
     expected: str
@@ -36,22 +40,25 @@ class Answer:
     exact: bool
     tokens: int
     label: str | None = None
+    repeated: bool = False
+    overlong: bool = False
 
 
 def question(chat: Chat, example: Example) -> Question:
     """The row without the answer it ends with. Raises RowError where it asks nothing."""
+    more: dict[str, Any] = {"label": example.label, "tags": example.tags, "where": f"{example.source}:{example.line}"}
     if example.completion is not None:
         prompt, expected = example.completion
-        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected or None, label=example.label)
+        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected or None, **more)
     if example.text is not None:
-        return Question([*chat.start_ids, *chat.tokenise(example.text)[0]], example.text, None)
+        return Question([*chat.start_ids, *chat.tokenise(example.text)[0]], example.text, None, **more)
     *asked, last = example.messages or ()
     if last.role != "assistant":
         asked.append(last)  # it ends with a question
     if not asked:
         raise RowError("messages", "has nothing before the answer")
     answer = last.content if last.role == "assistant" and isinstance(last.content, str) else None
-    return Question(chat.prompt(asked, example.tools), readable(asked), answer, tuple(asked), example.label)
+    return Question(chat.prompt(asked, example.tools), readable(asked), answer, tuple(asked), **more)
 
 
 def readable(messages: Sequence[Message]) -> str:
@@ -86,26 +93,56 @@ def answers(
     out = []
     for q in questions:
         g = next(made) if engine.fits(q.ids) else None
-        text = g.text if g else ""
-        exact = exact_match(text, q.expected or "")
-        out.append(Answer(q.prompt, q.expected or "", text, bool(g and g.stopped), exact, len(g.ids) if g else 0, q.label))
+        text, ids, expected = (g.text, g.ids, q.expected or "") if g else ("", [], q.expected or "")
+        exact = exact_match(text, expected)
+        overlong = too_long(len(ids), len(tokenizer(expected, add_special_tokens=False)["input_ids"]))
+        out.append(Answer(q.prompt, expected, text, bool(g and g.stopped), exact, len(ids), q.label, loops(ids), overlong))
     return out
 
 
-def summary(answers: Sequence[Answer]) -> dict[str, float]:
-    """Shares of the answers; `mean_length` in tokens. With labels, `macro_f1` too: accuracy is then the exact match."""
+def loops(ids: Sequence[int], least: int = 16) -> bool:
+    """Whether somewhere an n-gram stands four times in a row or more, and at least `least` tokens long in all."""
+    x = np.asarray(ids)
+    for n in range(1, len(x) // 4 + 1):
+        breaks = np.flatnonzero(np.append(x[n:] != x[:-n], True))  # a run of m tokens that equal the one n before: m + n tokens
+        if np.diff(breaks, prepend=-1).max() - 1 >= max(3 * n, least - n):
+            return True
+    return False
+
+
+def too_long(tokens: int, expected: int) -> bool:
+    """Whether an answer has more than twice the tokens expected, and eight more at least."""
+    return tokens > max(2 * expected, expected + 8)
+
+
+def health(answers: Sequence[Answer]) -> dict[str, Sums]:
+    """What a loss does not show: shares of the answers that stopped by themselves, are empty, loop and run on; their tokens."""
+    return {
+        "stop_rate": mean([a.stopped for a in answers]),
+        "empty": mean([not a.text.strip() for a in answers]),
+        "repeated": mean([a.repeated for a in answers]),
+        "overlong": mean([a.overlong for a in answers]),
+        "mean_length": mean([a.tokens for a in answers]),
+    }
+
+
+def sums(answers: Sequence[Answer], metrics: Sequence[str]) -> dict[str, Sums]:
+    """Every figure of the answers, the metrics first."""
+    return all_sums(metrics, [a.text for a in answers], [a.expected for a in answers]) | health(answers)
+
+
+def suited(expected: Sequence[str], labels: Sequence[str | None]) -> tuple[str, ...]:
+    """The metrics for rows that expect these texts."""
+    return fitting(expected, labels=bool(labels) and all(label is not None for label in labels))
+
+
+def summary(answers: Sequence[Answer], metrics: Sequence[str] = ()) -> dict[str, float]:
+    """The exact match, the metrics beside it, and `health`. With labels accuracy is the exact match, and macro_f1 is there."""
     if not answers:
         return {}
-    n = len(answers)
-    out = {
-        "exact_match": sum(a.exact for a in answers) / n,
-        "stop_rate": sum(a.stopped for a in answers) / n,
-        "empty": sum(not a.text.strip() for a in answers) / n,
-        "mean_length": sum(a.tokens for a in answers) / n,
-    }
-    if all(a.label is not None for a in answers):
-        out["macro_f1"] = macro_f1([a.text for a in answers], [a.expected for a in answers])
-    return out
+    metrics = metrics or suited([a.expected for a in answers], [a.label for a in answers])
+    named = dict.fromkeys(("exact_match", *(name for name in metrics if name != "accuracy")))
+    return {name: total(of) for name, of in sums(answers, [*named]).items()}
 
 
 def samples(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -46,11 +46,15 @@ def test_answers_are_the_engines_and_compared_after_strip(opened):
     right, wrong, long = heldout.answers(engine, asked, tokenizer=chat.tokenizer, max_new_tokens=5)
     assert (right.exact, wrong.exact, long.exact) == (True, False, False)
     assert right.text == wrong.text == said.text and right.tokens == len(said.ids) and not long.text
-    assert heldout.summary([right, wrong, long]) == {
+    got = heldout.summary([right, wrong, long], ["contains"])
+    assert got == {
         "exact_match": 1 / 3,
+        "contains": 1 / 3,
         "stop_rate": 2 * said.stopped / 3,
         "empty": 1 / 3,
-        "mean_length": 2 * len(said.ids) / 3,
+        "repeated": 0,
+        "overlong": 0,
+        "mean_length": pytest.approx(2 * len(said.ids) / 3),
     }
     assert heldout.Answer(**json.loads(json.dumps(asdict(right)))) == right
     (row,) = heldout.samples([wrong], [right])
@@ -62,6 +66,28 @@ def test_labels_add_macro_f1():
         return heldout.Answer("p", label, text, True, text == label, 1, label)
 
     got = heldout.summary([answer("a", "a"), answer("a", "b"), answer("b", "b"), answer("neither", "a")])
+    assert "accuracy" not in got  # which is a preference's in summary.json, and here the exact match
     assert got["exact_match"] == 0.5
     assert got["macro_f1"] == pytest.approx((2 / 4 + 2 / 3) / 2)  # a: tp 1 fp 1 fn 1; b: tp 1 fn 1
     assert heldout.summary([]) == {}
+
+
+@pytest.mark.parametrize(
+    "ids, looping",
+    [
+        ([7] * 16, True),
+        ([7] * 15, False),  # too few to be more than a rule
+        ([1, 2, 3, *[4, 5, 6, 7] * 4, 8], True),
+        ([1, 2, 3, *[4, 5, 6, 7] * 3, 4, 5, 6, 8], False),
+        (list(range(40)), False),
+        ([0, 1] * 3 + list(range(40)) + [0, 1] * 7, False),
+        ([], False),
+    ],
+)
+def test_an_answer_loops_where_an_ngram_stands_four_times_in_a_row(ids, looping):
+    assert heldout.loops(ids) is looping
+
+
+def test_an_answer_is_too_long_beside_the_expected():
+    assert heldout.too_long(41, 20) and not heldout.too_long(40, 20)
+    assert heldout.too_long(10, 1) and not heldout.too_long(9, 1)

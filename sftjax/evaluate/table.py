@@ -1,0 +1,109 @@
+"""What `sftjax eval` prints, and the words that the report shares with it. Scores and shares are told in hundredths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sftjax.evaluate.figures import verdict
+
+NAMES = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "macro_f1": "macro-F1",
+    "json_valid": "valid JSON",
+    "numeric": "numeric answer",
+    "stop_rate": "stop by themselves",
+    "overlong": "over-length",
+    "mean_length": "mean length, tokens",
+}
+LOOKS = {"better": "green", "worse": "red"}
+SHOWN = 3  # changed rows each way
+
+
+def name_of(figure: str) -> str:
+    return NAMES.get(figure, figure)
+
+
+def number(figure: str, value: float, *, sign: bool = False) -> str:
+    """1.2346 of a loss, 3.44 of a perplexity, 12.3 of a length, 41.7 of a share of 0.417."""
+    digits, scale = {"loss": (4, 1), "perplexity": (2, 1), "mean_length": (1, 1)}.get(figure, (1, 100))
+    text = f"{scale * value:,.{digits}f}"
+    text = text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+    return f"+{text}" if sign and not text.startswith("-") else text
+
+
+def told(figure: str, of: Mapping[str, float] | None, *, sign: bool = False) -> str:
+    """41.7 [33.3, 50.0]"""
+    if of is None:
+        return "-"
+    value, low, high = (number(figure, of[key], sign=sign) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Prints what eval.json holds."""
+    models = found["models"]
+    whole, *tagged = found["figures"]
+    console.print(figures_table(whole["figures"], models))
+    if tagged:
+        console.print(tags_table([whole, *tagged], found["metrics"], models))
+    for way, word in (("better", "gained"), ("worse", "lost")):
+        rows = found.get("changed", {}).get(way, [])
+        if rows:
+            console.print(f"[bold]rows that {word} most[/]")
+        for row in rows[:SHOWN]:
+            change = f"{100 * row['change']:+.1f}"
+            console.print(f"  [{LOOKS[way]}]{change}[/]  {escape(row['where'])}", soft_wrap=True, highlight=False)
+            for part in ("prompt", "expected", "base", "tuned"):
+                console.print(f"      {part:8}  {escape(line(row[part]))}", soft_wrap=True, highlight=False)
+
+
+def figures_table(figures: Mapping[str, Any], models: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for column in (*models, *(["difference", ""] if len(models) == 2 else [])):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for name, of in figures.items():
+        cells = [told(name, of[model]) for model in models]
+        if len(models) == 2:
+            word = verdict(name, of["difference"])
+            cells += [told(name, of["difference"], sign=True), f"[{LOOKS[word]}]{word}[/]" if word in LOOKS else word]
+        table.add_row(name_of(name), *cells)
+    return table
+
+
+def tags_table(tables: Sequence[Mapping[str, Any]], metrics: Sequence[str], models: Sequence[str]) -> Table:
+    """A row a tag: its first metric, and its loss."""
+    names = [name for name in (*metrics[:1], "loss") if name in tables[0]["figures"]]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("by tag")
+    table.add_column("rows", justify="right")
+    last = "difference" if len(models) == 2 else models[0]
+    for name in names:
+        for column in (*models, *(["difference"] if len(models) == 2 else [])):
+            table.add_column(f"{name_of(name)}\n{column}", justify="right", no_wrap=True)
+    for one in tables:
+        cells = []
+        for name in names:
+            of = one["figures"].get(name)
+            cells += [number(name, of[m]["value"]) if of and of[m] else "-" for m in models if m != last]
+            cells.append(told(name, of[last], sign=len(models) == 2) if of else "-")
+        rows = max((of["rows"] for of in one["figures"].values()), default=0)
+        table.add_row("all" if one["tag"] is None else escape(one["tag"]), f"{rows:,}", *cells)
+    return table
+
+
+def line(text: str, most: int = 160) -> str:
+    """A text in one line."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else f"{flat[: most - 4]} ..."
