@@ -122,14 +122,14 @@ def load_params(
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = {}
     for path, name in names.items():
-        parts = [stored[hf] for hf in name.hf(config.layers)]
+        parts = [stored[hf] for hf in name.hf()]
         place, quantise = places.get(path, here), (quantisers or {}).get(path)
         leaves[path] = _quantised(path, name, parts, place, quantise) if quantise else _leaf(name, parts, place, dtype)
     return tree.unflatten(leaves)
 
 
 def _check(directory: Path, config: DecoderConfig, names: dict[str, Name], stored: dict[str, Stored]) -> None:
-    expected = {hf: name for name in names.values() for hf in name.hf(config.layers)}
+    expected = {hf: name for name in names.values() for hf in name.hf()}
     if missing := [hf for hf in expected if hf not in stored]:
         raise UserError(f"{directory}: {_some(missing)} missing from the checkpoint, though its config.json asks for them")
     extra = [hf for hf in stored if hf not in expected and not NOT_PARAMETERS.search(hf)]
@@ -154,13 +154,14 @@ def _some(names: Sequence[str]) -> str:
 def _leaf(name: Name, parts: list[Stored], place: Any, dtype: Any) -> jax.Array:
     """One leaf from its tensors. Each device's shard is assembled when jax asks for it, and handed over uncopied."""
     dtype = np.dtype(dtype or functools.reduce(jnp.promote_types, [p.dtype for p in parts]))
-    shape = (len(parts), *name.shape) if name.layered else name.shape
+    lead, shape = len(name.stacked), (*name.stacked, *name.shape)
 
     def shard(index: Any) -> np.ndarray:  # a slice for each axis
         out = _aligned(tuple(len(range(*s.indices(n))) for s, n in zip(index, shape)), dtype)
-        layers, rest = (parts[index[0]], index[1:]) if name.layered else (parts, index)
-        for part, into in zip(layers, out if name.layered else [out]):
-            _copy((part.view().T if name.transposed else part.view())[rest], into)
+        wanted = np.arange(len(parts)).reshape(name.stacked)[index[:lead]]
+        for at, part in np.ndenumerate(wanted):
+            view = parts[part].view()
+            _copy((view.T if name.transposed else view)[index[lead:]], out[at])
         return out
 
     return jax.make_array_from_callback(shape, place, shard)
@@ -168,8 +169,9 @@ def _leaf(name: Name, parts: list[Stored], place: Any, dtype: Any) -> jax.Array:
 
 def _quantised(path: str, name: Name, parts: list[Stored], place: Any, quantise: Callable[[jax.Array], Quantised]) -> Quantised:
     """The stack [L, ...] of layers' kernels, each quantised before the next is read."""
-    one, stacked = replace(name, layered=False), place
-    kernel = jax.ShapeDtypeStruct((len(parts), *name.shape), functools.reduce(jnp.promote_types, [p.dtype for p in parts]))
+    (layers, *experts), stacked = name.stacked, place
+    one = replace(name, stacked=tuple(experts))
+    kernel = jax.ShapeDtypeStruct((*name.stacked, *name.shape), functools.reduce(jnp.promote_types, [p.dtype for p in parts]))
     like = jax.eval_shape(quantise, kernel)
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
@@ -177,8 +179,9 @@ def _quantised(path: str, name: Name, parts: list[Stored], place: Any, quantise:
 
     empty, put = _stacking(quantise, like, stacked)
     stack = empty()
-    for i, part in enumerate(parts):
-        stack = put(stack, _leaf(one, [part], place, kernel.dtype), i)
+    each = len(parts) // layers
+    for i in range(layers):
+        stack = put(stack, _leaf(one, parts[i * each : (i + 1) * each], place, kernel.dtype), i)
     return stack
 
 

@@ -62,7 +62,7 @@ def save(
         raise UserError(f"{sorted(strange)[0]} does not fit the checkpoint's config.json")
     tensors: dict[str, Tensor] = {}
     for path, name in names.items():
-        tensors |= _tensors(name, leaves[path], config.layers, stored, dtype, path in untouched)
+        tensors |= _tensors(name, leaves[path], stored, dtype, path in untouched)
     with staged(out, source) as tmp:
         write_dir(tmp, tensors, max_shard_bytes)
         written = {t.dtype.name for t in tensors.values()} if dtype or not stored else set()
@@ -72,17 +72,17 @@ def save(
             check(tmp)
 
 
-def _tensors(name: Name, leaf: Any, layers: int, stored: dict[str, Stored], dtype: Any, untouched: bool) -> dict[str, Tensor]:
+def _tensors(name: Name, leaf: Any, stored: dict[str, Stored], dtype: Any, untouched: bool) -> dict[str, Tensor]:
     out = {}
     shape = name.shape[::-1] if name.transposed else name.shape
-    for i, hf in enumerate(name.hf(layers)):
+    for hf, index in zip(name.hf(), np.ndindex(name.stacked)):
         old = stored.get(hf)
         own = old.dtype if old else jax.eval_shape(dense, leaf).dtype
         to = np.dtype(dtype or own)
         if untouched and old and old.shape == shape:
             fetch = partial(_stored, old, to)
         else:
-            fetch = partial(_host, hf, leaf, i if name.layered else None, name.transposed, to)
+            fetch = partial(_host, hf, leaf, index, name.transposed, to)
         out[hf] = Tensor(to, shape, fetch)
     return out
 
@@ -91,9 +91,9 @@ def _stored(old: Stored, dtype: np.dtype) -> np.ndarray:
     return old.view().astype(dtype, copy=False)
 
 
-def _host(hf: str, leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:
+def _host(hf: str, leaf: Any, index: tuple[int, ...], transposed: bool, dtype: np.dtype) -> np.ndarray:
     with jax.default_matmul_precision("highest"):  # else accelerators would merge in bfloat16
-        x = np.asarray(_one(leaf, layer, transposed, dtype))
+        x = np.asarray(_one(leaf, index, transposed, dtype))
     if not np.isfinite(x).all():
         hint = "; float16 ends at 65504, export in bfloat16 or float32" if dtype == np.float16 else ""
         raise UserError(f"{hf} holds values that are not finite{hint}")
@@ -101,10 +101,9 @@ def _host(hf: str, leaf: Any, layer: int | None, transposed: bool, dtype: np.dty
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _one(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> jax.Array:
-    if layer is not None:
-        leaf = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf)
-    x = dense(leaf, dtype)
+def _one(leaf: Any, index: tuple[int, ...], transposed: bool, dtype: np.dtype) -> jax.Array:
+    """The matrix at a layer, or at a layer's expert, of a stack."""
+    x = dense(jax.tree.map(lambda x: x[index], leaf), dtype)
     return x.T if transposed else x
 
 

@@ -139,7 +139,7 @@ def test_tensors_that_do_not_fit_the_config_are_named(checkpoint, edit_json):
     with pytest.raises(UserError, match=r"holds model\.layers\.2\..*does not account for"):
         load(directory)
     edit_json(directory / "config.json", num_hidden_layers=3, intermediate_size=25)
-    with pytest.raises(UserError, match=r"gate_proj\.weight is \[24, 16\]; config\.json makes it \[25, 16\]"):
+    with pytest.raises(UserError, match=r"down_proj\.weight is \[16, 24\]; config\.json makes it \[16, 25\]"):
         load(directory)
     edit_json(directory / "config.json", intermediate_size=24)
     (directory / "model.safetensors").write_bytes(whole[:-4])

@@ -5,12 +5,17 @@ A key that changes the computation is either read or refused by name; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+
+from sftjax import tree
 from sftjax.config import UserError
 from sftjax.models.config import DecoderConfig
+from sftjax.models.decoder import init
 from sftjax.models.families.rope import rope
 from sftjax.weights.targets import MODULES
 
@@ -24,53 +29,36 @@ ACTIVATIONS = {
     "gelu_python_tanh": "gelu_tanh",
 }
 
-# (in, out) of the kernels of a layer, in the sizes that `names` computes
-KERNELS = {
-    "attn/q": ("D", "Q"),
-    "attn/k": ("D", "KV"),
-    "attn/v": ("D", "KV"),
-    "attn/o": ("Q", "D"),
-    "mlp/gate": ("D", "F"),
-    "mlp/up": ("D", "F"),
-    "mlp/down": ("F", "D"),
-}
+# where checkpoints call a module otherwise than users do; the second {} is the expert
+CHECKPOINT = {f"mlp/experts/{kernel}": f"mlp.experts.{{}}.{kernel}_proj" for kernel in ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
 class Name:
     """Where one leaf lives in a checkpoint."""
 
-    template: str  # "model.layers.{}.self_attn.q_proj.weight"; {} is the layer
-    shape: tuple[int, ...]  # of our leaf, without the layer axis
+    template: str  # "model.layers.{}.self_attn.q_proj.weight"; the first {} is the layer, a second the expert
+    shape: tuple[int, ...]  # of one tensor, in our order of axes
     transposed: bool = False  # the checkpoint holds [out, in]
-    layered: bool = True  # our leaf is a stack over layers
+    stacked: tuple[int, ...] = ()  # axes that lead in our leaf, a tensor for each: (), (L,) or (L, E)
 
-    def hf(self, layers: int) -> list[str]:
-        """The checkpoint's names of this leaf's tensors, in layer order."""
-        return [self.template.format(i) for i in range(layers)] if self.layered else [self.template]
+    def hf(self) -> list[str]:
+        """The checkpoint's names of this leaf's tensors, by layer and then by expert."""
+        return [self.template.format(*index) for index in np.ndindex(self.stacked)]
 
 
-def names(config: DecoderConfig) -> dict[str, Name]:
-    """`{path of our leaf: its Name}` for every leaf the config has."""
-    sizes = {"D": config.width, "F": config.mlp_width}
-    sizes |= {"Q": config.heads * config.head_dim, "KV": config.kv_heads * config.head_dim}
-    biased = {"attn/q": config.qkv_bias, "attn/k": config.qkv_bias, "attn/v": config.qkv_bias, "attn/o": config.o_bias}
-    table = {
-        "embed/embedding": Name("model.embed_tokens.weight", (config.vocab, config.width), layered=False),
-        "layers/attn_norm/scale": Name("model.layers.{}.input_layernorm.weight", (config.width,)),
-        "layers/mlp_norm/scale": Name("model.layers.{}.post_attention_layernorm.weight", (config.width,)),
-        "final_norm/scale": Name("model.norm.weight", (config.width,), layered=False),
-    }
-    for path, (fan_in, fan_out) in KERNELS.items():
-        module, shape = MODULES[path], (sizes[fan_in], sizes[fan_out])
-        table[f"layers/{path}/kernel"] = Name(f"model.layers.{{}}.{module}.weight", shape, transposed=True)
-        if biased.get(path, config.mlp_bias):
-            table[f"layers/{path}/bias"] = Name(f"model.layers.{{}}.{module}.bias", shape[1:])
-    if config.qk_norm:
-        for norm in ("q_norm", "k_norm"):
-            table[f"layers/attn/{norm}/scale"] = Name(f"model.layers.{{}}.self_attn.{norm}.weight", (config.head_dim,))
-    if not config.tied:
-        table["head/kernel"] = Name("lm_head.weight", (config.width, config.vocab), transposed=True, layered=False)
+def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
+    """`{path of our leaf: its Name}` for every leaf the config has. `modules` are a family's own names for a layer's modules."""
+    called = {**MODULES, **CHECKPOINT, **modules}
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    table = {}
+    for path, leaf in tree.flatten(shapes).items():
+        node, _, kind = path.rpartition("/")
+        layered, module = node.startswith("layers/"), called[node.removeprefix("layers/")]
+        lead = 0 if not layered else 2 if "experts/" in node else 1
+        prefix = "model.layers.{}." if layered else "" if node == "head" else "model."
+        suffix = "bias" if kind == "bias" else "weight"
+        table[path] = Name(f"{prefix}{module}.{suffix}", leaf.shape[lead:], kind == "kernel", leaf.shape[:lead])
     return table
 
 
@@ -85,8 +73,12 @@ class Family:
 
     architecture: str  # the class that reads it in transformers
     config_from_hf: Callable[[dict[str, Any]], DecoderConfig]
+    modules: Mapping[str, str] = field(default_factory=dict)  # where its tensors are called otherwise than `targets.MODULES`
     config_to_hf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = config_to_hf
-    names: Callable[[DecoderConfig], dict[str, Name]] = names
+
+    def names(self, config: DecoderConfig) -> dict[str, Name]:
+        """`{path of our leaf: its Name}` for every leaf the config has."""
+        return names(config, self.modules)
 
 
 def base(raw: dict[str, Any], *, max_positions: int, kv_heads: int | None = None, head_dim: int | None = None) -> DecoderConfig:
