@@ -22,18 +22,21 @@ BATCH = ("data", "fsdp")
 HEADS = "tensor"
 
 # logical axis -> mesh axis
-RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
+RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "expert": None, None: None}
 
 # path of a kernel, bias or norm -> its logical axes, the leading layers axis left out
 AXES = [
     (r"embed/embedding", ("vocab", "embed")),
     (r"head/kernel", ("embed", "vocab")),
-    (r"attn/[qkv]/kernel", ("embed", "heads")),
-    (r"attn/[qkv]/bias", ("heads",)),
+    (r"attn/(q|k|v|qkv)/kernel", ("embed", "heads")),
+    (r"attn/(q|k|v|qkv)/bias", ("heads",)),
     (r"attn/o/kernel", ("heads", "embed")),
-    (r"mlp/(gate|up)/kernel", ("embed", "mlp")),
-    (r"mlp/(gate|up)/bias", ("mlp",)),
-    (r"mlp/down/kernel", ("mlp", "embed")),
+    (r"mlp/(shared/)?(gate|up|gate_up)/kernel", ("embed", "mlp")),
+    (r"mlp/(gate|up|gate_up)/bias", ("mlp",)),
+    (r"mlp/(shared/)?down/kernel", ("mlp", "embed")),
+    (r"mlp/experts/(gate|up)/kernel", ("expert", "embed", "mlp")),
+    (r"mlp/experts/down/kernel", ("expert", "mlp", "embed")),
+    (r"mlp/(router|shared_gate)/kernel", ("embed", None)),
     (r".*(scale|bias)", (None,)),
 ]
 
