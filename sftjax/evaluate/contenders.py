@@ -1,0 +1,178 @@
+"""Who is compared: a local model, with an adapter over it or not, or one behind an endpoint, by what --model says.
+
+[NAME=]DIR            a Hugging Face directory or hub id
+[NAME=]DIR@ADAPTER    a PEFT adapter over it
+[NAME=]URL#MODEL      an OpenAI-compatible server
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sftjax.config import UserError
+from sftjax.data.chat import Chat
+from sftjax.data.example import Message, RowError
+from sftjax.data.tokenizer import open_tokenizer
+from sftjax.evaluate.endpoint import Endpoint, Reply, check_url
+from sftjax.evaluate.prompts import Ask, plain
+from sftjax.generate.chat import open_engine
+from sftjax.hf.load import resolve
+from sftjax.train.manifest import hash_tokenizer, hash_weights
+
+NAMED = re.compile(r"([^/\\@=:#]+)=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model. `url` and `model` are set of an endpoint, `path` of a local one."""
+
+    name: str
+    path: str = ""
+    adapter: str | None = None
+    url: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How every model answers: what a server and the engine both understand."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def parse(specs: Sequence[str]) -> list[Contender]:
+    """The models of --model, given one or more times. Raises UserError."""
+    found = [parse_one(spec) for spec in specs]
+    for i, one in enumerate(found):
+        if one.name in {other.name for other in found[:i]}:
+            raise UserError(f"two models are called {one.name}; give --model={specs[i]} another name, --model=NAME=...")
+    return found
+
+
+def parse_one(spec: str) -> Contender:
+    named = NAMED.fullmatch(spec)
+    name, what = (named[1].strip(), named[2]) if named and not os.path.exists(spec) else ("", spec)
+    if not what.strip():
+        raise UserError(f"--model={spec}: needs a directory, a hub id, or an address as URL#MODEL")
+    if re.match(r"https?://", what):
+        url, model = check_url(what)
+        return Contender(name or model.rpartition("/")[2] or model, url=url, model=model)
+    path, at, adapter = (what, "", "") if os.path.isdir(os.path.expanduser(what)) else what.rpartition("@")
+    if not at:
+        path, adapter = what, ""
+    elif not path or not adapter:
+        raise UserError(f"--model={spec}: an adapter goes after its base, as --model=DIR@ADAPTER")
+    parts = [os.path.basename(os.path.abspath(os.path.expanduser(p))) for p in (path, adapter) if p]
+    return Contender(name or "+".join(parts), path=path, adapter=adapter or None)
+
+
+class Local:
+    """A model of ours. Its tokenizer is there from the start, its weights while it answers.
+
+    `identity` is of what lies there, not where: an answer of other weights is another answer.
+    """
+
+    def __init__(self, contender: Contender, quantize: str | None, batch_size: int):
+        self.contender, self.quantize, self.batch_size = contender, quantize, batch_size
+        base = resolve(contender.path)
+        beside = resolve(contender.adapter, needs="adapter_config.json") if contender.adapter else None
+        self.chat = Chat(open_tokenizer(base, beside, False))
+        hashes = [f(folder) for folder in (base, beside) if folder for f in (hash_weights, hash_tokenizer)]
+        self.identity = hashlib.sha256("\0".join([*hashes, str(quantize), self.chat.template or ""]).encode()).hexdigest()
+        self.notes = [] if self.chat.template else ["has no chat template: prompts are plain text"]
+
+    def ids(self, ask: Ask) -> list[int]:
+        """The prompt through the model's own template. Raises RowError where the template refuses it."""
+        if ask.text is None and self.chat.template:
+            return self.chat.prompt(ask.messages, ask.tools)
+        text = ask.text if ask.text is not None else plain(ask.messages)
+        return [*self.chat.start_ids, *self.chat.tokenise(text)[0]]
+
+    def check(self, ask: Ask) -> None:
+        self.ids(ask)
+
+    def each(self, rounds: Sequence[tuple[str, Sequence[Ask]]], options: Options) -> Iterator[tuple[str, int, Reply]]:
+        """(prompt's name, row, reply) as they come, a prompt after the other. Seconds are those since the reply before."""
+        engine, _ = open_engine(self.contender.path, self.contender.adapter, self.quantize)
+        for name, asks in rounds:
+            prompts = [self.ids(ask) for ask in asks]
+            fitting = [i for i, ids in enumerate(prompts) if engine.fits(ids)]
+            for i in set(range(len(prompts))) - set(fitting):
+                reason = f"the prompt has {len(prompts[i])} tokens; the model takes 1 to {engine.limit - 1}"
+                yield name, i, Reply("", False, len(prompts[i]), 0, 0.0, refused=reason)
+            start = time.perf_counter()
+            for at, made in engine.each(
+                [prompts[i] for i in fitting],
+                max_new_tokens=options.max_new_tokens,
+                stop_strings=options.stop,
+                tokenizer=self.chat.tokenizer,
+                seed=options.seed,
+                batch_size=self.batch_size,
+                temperature=options.temperature,
+                top_p=options.top_p,
+            ):
+                i, now = fitting[at], time.perf_counter()
+                yield name, i, Reply(made.text, made.stopped, len(prompts[i]), len(made.ids), now - start)
+                start = time.perf_counter()
+        del engine
+        gc.collect()  # the next model gets its memory
+
+
+class Remote:
+    """A model behind an endpoint."""
+
+    def __init__(self, contender: Contender, key_env: str, timeout: float, parallel: int):
+        self.contender, self.key_env, self.timeout, self.parallel = contender, key_env, timeout, parallel
+        self.key = (os.environ.get(key_env) or "").strip() or None
+        if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
+            raise UserError(f"the key in {key_env} has characters in it that no key has; set it again")
+        self.identity = f"{contender.url}#{contender.model}"
+        self.notes: list[str] = []
+
+    def check(self, ask: Ask) -> None:
+        """A server says itself what it does not take."""
+
+    def each(self, rounds: Sequence[tuple[str, Sequence[Ask]]], options: Options) -> Iterator[tuple[str, int, Reply]]:
+        """(prompt's name, row, reply) as they come. Seconds are those of the one request."""
+        endpoint = Endpoint(
+            self.contender.url,
+            self.contender.model,
+            key=self.key,
+            key_env=self.key_env,
+            timeout=self.timeout,
+            max_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p if options.top_p != 1 else None,
+            stop=list(options.stop) or None,
+            seed=options.seed if options.temperature else None,
+        )
+        for name, asks in rounds:
+            for i, reply in endpoint.each([(turns(ask), ask.tools) for ask in asks], parallel=self.parallel):
+                self.notes = endpoint.notes
+                yield name, i, reply
+
+
+def turns(ask: Ask) -> Sequence[Any]:
+    """Raw text as the user's turn: an endpoint of conversations knows nothing else."""
+    return ask.messages if ask.text is None else (Message("user", ask.text),)
+
+
+def check_asks(model: Local | Remote, rounds: Sequence[tuple[str, Sequence[Ask]]], where: Sequence[str]) -> None:
+    """Raises UserError with the first row that a model's template refuses, before anything is paid for."""
+    for name, asks in rounds:
+        for ask, row in zip(asks, where):
+            try:
+                model.check(ask)
+            except RowError as e:
+                raise UserError(f"{row}: {model.contender.name} cannot be asked this with the prompt {name}: {e}") from e
