@@ -18,6 +18,7 @@ EXAMPLES = {
     "export": "sftjax export --workdir=runs/mine --to=hf --out=mine",
     "chat": "sftjax chat --model=mine",
     "generate": "sftjax generate --model=mine --data=questions.jsonl --out=answers.jsonl",
+    "compare": "sftjax compare --model=base --model=tuned=base@adapter --prompts=prompts.yaml --data=test.jsonl --out=compared",
 }
 VLLM_RANKS = (32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be above its default of 16, vllm/config/lora.py
 
@@ -132,7 +133,50 @@ def build_parser() -> Parser:
     p.add_argument("--out", metavar="FILE")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--force", action="store_true", help="write over an --out that exists")
+
+    p = verb(
+        "compare",
+        "--model=DIR|DIR@ADAPTER|URL#NAME --data=FILE --out=DIR",
+        "Asks several models through several prompts, and says which is better and what the rows cannot tell.",
+    )
+    compare_options(p)
     return parser
+
+
+def compare_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]DIR|DIR@ADAPTER|URL#NAME",
+        help="given once for each: a Hugging Face directory or hub id, a PEFT adapter over one, or a model of an "
+        "OpenAI-compatible server, e.g. http://localhost:8000/v1#qwen; the first is what the others are held against",
+    )
+    p.add_argument("--prompts", metavar="FILE", help="variants by name, YAML or JSON (default: rows as training reads them)")
+    p.add_argument("--data", metavar="FILE", help="any format that training reads; with --expected any columns")
+    p.add_argument("--out", metavar="DIR", help="a new directory, or one to go on in: what is answered there is not asked again")
+    p.add_argument("--expected", metavar="FIELD", help="the field with the right answer (default: what training would learn)")
+    p.add_argument("--metrics", metavar="M,M", help="the first decides (default: by what is expected)")
+    p.add_argument("--rows", type=int, metavar="N", help="so many, chosen at random by --seed (default: all)")
+    p.add_argument("--show", type=int, default=5, metavar="N", help="rows to show on which they differ (default 5)")
+    p.add_argument("--max-new-tokens", type=int, default=512)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop where this text appears; may be given again")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quantize", choices=["nf4", "int8"], help="keep local models' kernels in 4 or 8 bits")
+    p.add_argument("--batch-size", type=int, default=16, help="of local models")
+    p.add_argument(
+        "--key-env",
+        action="append",
+        default=[],
+        metavar="[NAME=]VARIABLE",
+        help="the environment variable with an endpoint's key (default OPENAI_API_KEY)",
+    )
+    p.add_argument(
+        "--price", action="append", default=[], metavar="NAME=IN,OUT", help="dollars a million tokens of prompts, of answers"
+    )
+    p.add_argument("--parallel", type=int, default=4, help="requests to an endpoint at a time (default 4)")
+    p.add_argument("--timeout", type=float, default=120.0, help="seconds that an endpoint has for an answer (default 120)")
 
 
 def model(p: argparse.ArgumentParser) -> None:
@@ -293,6 +337,30 @@ def generate(args: argparse.Namespace) -> None:
     run_generate(args.model, data=args.data, out=args.out, batch_size=args.batch_size, force=args.force, **sampling(args))
 
 
+def compare(args: argparse.Namespace) -> None:
+    from sftjax.evaluate.compare import run_compare
+    from sftjax.evaluate.contenders import Options
+
+    keep_compilations()
+    run_compare(
+        args.model,
+        data=args.data,
+        out=args.out,
+        prompts=args.prompts,
+        expected=args.expected,
+        metrics=[name.strip() for name in (args.metrics or "").split(",") if name.strip()],
+        rows=args.rows,
+        show=args.show,
+        quantize=args.quantize,
+        batch_size=args.batch_size,
+        key_envs=args.key_env,
+        prices=args.price,
+        timeout=args.timeout,
+        parallel=args.parallel,
+        options=Options(args.max_new_tokens, args.temperature, args.top_p, tuple(args.stop), args.seed),
+    )
+
+
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     names = ("adapter", "quantize", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
@@ -306,7 +374,7 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/sftjax/xla"))
 
 
-VERBS = {"preview": preview, "train": train, "export": export_, "chat": chat, "generate": generate}
+VERBS = {"preview": preview, "train": train, "export": export_, "chat": chat, "generate": generate, "compare": compare}
 
 if __name__ == "__main__":
     main()
