@@ -62,7 +62,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=2)
     p.add_argument("--micro-batch", type=int, help="rows at a time (default all)")
     p.add_argument("--length", type=int, default=2048)
-    p.add_argument("--remat", default="full", choices=["none", "dots", "full"])
+    p.add_argument("--remat", default="full", choices=["none", "dots", "full", "groups"])
     p.add_argument("--optim", default="adamw", help="the optimiser (default adamw, with two moments; lion has one)")
     p.add_argument("--dtype", default="bfloat16", help="compute dtype (default bfloat16)")
     p.add_argument("--chip", default="v6e:1x1", help="a TPU topology such as v5e:1x1, or cpu (default v6e:1x1)")

@@ -14,7 +14,7 @@ from sftjax.config import NAMED_FREELY, UserError, default, flatten, parts, shar
 CHOICES = {
     "task": ("sft", "pretrain", "classify", "dpo", "kto"),
     "model.dtype": (None, "float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "full", "groups"),
     "model.quantize": (None, "nf4", "int8"),
     "method": ("lora", "full", "freeze", "adapter", "tokens"),
     "lora.init": ("zero", "pissa", "olora"),

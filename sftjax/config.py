@@ -41,7 +41,9 @@ def default() -> ConfigDict:
     c.model.quantize = placeholder(str)  # frozen kernels in fewer bits: nf4 (QLoRA, arXiv:2305.14314) | int8; None = as they are
     c.model.dtype = placeholder(str)  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
     c.model.scan = True  # one compiled layer body; False unrolls it
-    c.model.remat = "dots"  # the backward pass recomputes: none = nothing, dots = all but products and attention, full = layers
+    # the backward pass recomputes: none = nothing, dots = all but products and attention, full = each layer from its input,
+    # groups = groups of layers from the first one's input: the least memory, and a forward pass more than full
+    c.model.remat = "dots"
 
     c.method = "lora"  # lora | full | freeze | adapter | tokens
     c.lora = ConfigDict()

@@ -10,6 +10,7 @@ module: `head(params, config)` is a weight [D, V], so that losses apply it to bl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ from sftjax.weights import kinds
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "groups": jax.checkpoint_policies.nothing_saveable,  # nor the inputs of layers within a group of them
 }
 
 
@@ -175,24 +177,48 @@ class Decoder(nn.Module):
         for name, (start, end) in stacks.items():
             if start < end:
                 here = jax.tree.map(lambda x, start=start, end=end: x[start:end], per_layer)
-                carry, of_stack = self.stack(end - start, name)(carry, here, rotaries, segments, positions)
+                carry, of_stack = self.stack(end - start, name, carry, here, rotaries, segments, positions)
                 routed.append(of_stack)
         x, cache = carry
         x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x) * jnp.asarray(c.logit_scale, x.dtype)
         return x, cache, jax.tree.map(lambda *each: jnp.concatenate(each), *routed)
 
-    def stack(self, length: int, name: str) -> nn.Module:
-        """`length` blocks as one scanned body."""
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=length,
-            unroll=1 if self.scan else length,
+    def stack(self, length: int, name: str, carry: Any, per_layer: PerLayer, *shared: Any) -> Any:
+        """`length` blocks as one scanned body, or as a scan of scans over groups of them."""
+
+        def scan(body: Any, length: int) -> Any:
+            return nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=length,
+                unroll=1 if self.scan else length,
+            )
+
+        def remat(body: Any) -> Any:
+            return nn.remat(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
+
+        block = Block if self.remat == "none" else remat(Block)
+        groups = group_count(length) if self.remat == "groups" else 1
+        if groups == 1:
+            return scan(block, length)(self.config, name=name)(carry, per_layer, *shared)
+        cut, uncut = partial(_regroup, (length,), (groups, -1)), partial(_regroup, (groups, length // groups), (length,))
+        layers = nn.map_variables(
+            scan(remat(scan(block, length // groups)), groups), "params", cut, uncut, init=self.is_initializing()
         )
-        return layers(self.config, name=name)
+        carry, routed = layers(self.config, name=name)(carry, cut(per_layer), *shared)
+        return carry, uncut(routed)
+
+
+def _regroup(old: tuple[int, ...], new: tuple[int, ...], stack: Any) -> Any:
+    """Every array's leading axes `old` as the axes `new`."""
+    return jax.tree.map(lambda x: x.reshape(*new, *x.shape[len(old) :]), stack)
+
+
+def group_count(layers: int) -> int:
+    """The number of equal groups that keeps the fewest inputs, those of the groups and those of one group's layers."""
+    return min((n for n in range(1, layers + 1) if layers % n == 0), key=lambda n: n + layers // n)
 
 
 def uniform_window(c: DecoderConfig) -> int | None:

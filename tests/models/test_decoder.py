@@ -1,6 +1,7 @@
 """The decoder says what transformers says, and says it however it is padded, packed, scanned, recomputed, cut or cached."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from sftjax.hf.load import load_config, load_params
 from sftjax.hf.verify import score
 from sftjax.losses import masked_xent
 from sftjax.models.config import Rope
-from sftjax.models.decoder import Decoder, forward, init_cache
+from sftjax.models.decoder import Decoder, forward, group_count, init_cache
 from sftjax.weights import select
 from sftjax.weights.kinds import matmul
 
@@ -155,6 +156,24 @@ def test_rematerialisation_saves_less(reference):
         return sum(x.size for x in jax.tree.leaves(pull))
 
     assert saved("none") > saved("dots") > saved("full")
+
+
+def test_groups_of_layers_change_nothing_and_save_the_least():
+    deep = config(layers=9, windows=(9, None, 5, None, 7, 9, 3, None, 2))
+    p = select.cut(params(deep), 8)  # 0 | 1 2 3 4 | 5 6 7 8
+    assert group_count(8) == 2 and group_count(7) == 1 and group_count(32) == 4
+    init_shapes = jax.eval_shape(lambda: Decoder(deep, remat="groups", lower=1).init(jax.random.key(0), *(PACKED.tokens,) * 3))
+    assert jax.tree.map(jnp.shape, p) == jax.tree.map(jnp.shape, init_shapes["params"] | {"head": p["head"]})
+
+    def loss(remat):
+        of = masked_xent(forward(Decoder(deep, remat=remat, lower=1)))
+        return lambda p: of(p, PACKED, None)[0]
+
+    full, groups = (jax.jit(jax.value_and_grad(loss(remat)))(p) for remat in ("full", "groups"))
+    np.testing.assert_allclose(groups[0], full[0], rtol=1e-6)
+    assert_trees_close(groups[1], full[1])
+    saved = {r: sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(jax.vjp, loss(r)), p)[1])) for r in ("full", "groups")}
+    assert saved["full"] - saved["groups"] >= 6 * PACKED.tokens.size * deep.width
 
 
 def test_a_stack_cut_in_two_is_the_same_model(reference):
