@@ -14,10 +14,13 @@ from typing import Any, NoReturn
 
 EXAMPLES = {
     "preview": "sftjax preview --config=configs/sft_lora.py --config.data.train=mine.jsonl",
+    "plan": "sftjax plan --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --topology=v5e-1",
     "train": "sftjax train --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --workdir=runs/mine",
+    "eval": "sftjax eval --workdir=runs/mine",
     "export": "sftjax export --workdir=runs/mine --to=hf --out=mine",
     "chat": "sftjax chat --model=mine",
     "generate": "sftjax generate --model=mine --data=questions.jsonl --out=answers.jsonl",
+    "lm-eval": "sftjax lm-eval --model_args path=mine --tasks gsm8k,hellaswag --batch_size 32",
     "compare": "sftjax compare --model=base --model=tuned=base@adapter --prompts=prompts.yaml --data=test.jsonl --out=compared",
 }
 VLLM_RANKS = (32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be above its default of 16, vllm/config/lora.py
@@ -91,10 +94,45 @@ def build_parser() -> Parser:
     config(p)
     p.add_argument("--rows", type=int, default=3, help="rows to show in full (default 3)")
 
+    p = verb(
+        "plan",
+        "--config=FILE",
+        "Says whether a run fits, how long it takes and what it costs, without weights or an accelerator.",
+    )
+    config(p)
+    p.add_argument(
+        "--topology", metavar="NAME", help="v5e:4x4, v5litepod-16, v6e-8, v5p-32, 2xv5e-16, h100x8, t4, cpu (default: each)"
+    )
+    p.add_argument("--price", type=float, metavar="DOLLARS", help="of an hour of one chip")
+    p.add_argument(
+        "--efficiency", type=float, metavar="SHARE", help="of the peak that a run reaches, an assumption (default 0.5)"
+    )
+    p.add_argument(
+        "--exact", action="store_true", help="compile the step for that TPU too, on this machine (needs pip install libtpu)"
+    )
+
     p = verb("train", "--config=FILE --workdir=DIR", "Runs the config's task in a directory; run again, it resumes.")
     config(p)
     p.add_argument("--workdir", metavar="DIR", help="the run's directory: checkpoints, metrics, report")
     p.add_argument("--force", action="store_true", help="go on in a directory whose run had another config, data or base")
+
+    p = verb(
+        "eval",
+        "--workdir=DIR|--model=DIR",
+        "Measures a run's model beside its base on held-out rows, or any model on a file: loss, answers, intervals, by tag.",
+    )
+    p.add_argument("--workdir", metavar="DIR", help="a run")
+    p.add_argument("--checkpoint", metavar="last|best|STEP", help="which of the run's (default last)")
+    p.add_argument("--split", choices=["test", "eval"], help="which of the run's rows (default test, where it has any)")
+    p.add_argument("--data", metavar="FILE", help="with --model: rows in any format that training reads")
+    p.add_argument("--base", metavar="DIR", help="with --model: another model to stand beside it")
+    p.add_argument("--metrics", metavar="M,M", help="of the answers (default: config.eval.metrics, else what suits the rows)")
+    p.add_argument("--rows", type=int, metavar="N", help="rows that are answered; 0 = only the loss (default 200)")
+    p.add_argument("--out", metavar="DIR", help="for predictions.jsonl and eval.json (default of a run: eval/ in it)")
+    p.add_argument("--batch-size", type=int, default=32, help="prompts at a time")
+    model(p)
+    p.set_defaults(max_new_tokens=None)  # config.eval.max_new_tokens
+    config(p)
 
     p = verb(
         "export",
@@ -133,6 +171,14 @@ def build_parser() -> Parser:
     p.add_argument("--out", metavar="FILE")
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--force", action="store_true", help="write over an --out that exists")
+
+    p = verb(
+        "lm-eval",
+        "--model_args=path=DIR --tasks=NAMES",
+        "Runs a model on tasks of EleutherAI's lm-evaluation-harness. Its other options may follow: see lm_eval run --help.",
+    )
+    p.add_argument("--model_args", nargs="+", metavar="KEY=VALUE", help="path, adapter, quantize, dtype, max_length and others")
+    p.add_argument("--tasks", nargs="+", metavar="NAME", help="names or .yaml files; lm_eval ls tasks lists the harness' own")
 
     p = verb(
         "compare",
@@ -207,6 +253,9 @@ def overrides(args: argparse.Namespace, rest: list[str]) -> list[str]:
     """`key=value` of every --config.key=value, or --config.key value, that argparse left over. Raises UserError on others."""
     from sftjax.config import UserError
 
+    if args.verb == "lm-eval":
+        return rest  # the harness' own options
+
     found, i = [], 0
     while i < len(rest):
         item = rest[i]
@@ -254,6 +303,20 @@ def preview(args: argparse.Namespace) -> None:
     print(f"\nnext: sftjax train {shlex.join(same)}")
 
 
+def plan(args: argparse.Namespace) -> None:
+    from sftjax.plan.chips import parse
+
+    if args.topology:
+        parse(args.topology)  # a misspelt one is told before a long import
+    os.environ["JAX_PLATFORMS"] = "cpu"  # where there is an accelerator, it is not asked
+    from sftjax.plan.report import plan
+
+    given = {name: value for name in ("price", "efficiency") if (value := getattr(args, name)) is not None}
+    plan(load_config(args), args.topology, compile=args.exact, **given)
+    same = [f"--config={args.config}", *(f"--config.{item}" for item in args.overrides), "--workdir=runs/mine"]
+    print(f"\nnext: sftjax train {shlex.join(same)}")
+
+
 def train(args: argparse.Namespace) -> None:
     from sftjax import tasks
     from sftjax.tasks.export import FORMS
@@ -266,6 +329,54 @@ def train(args: argparse.Namespace) -> None:
             print(f"{name.replace('_', ' ')}: {summary[f'{name}_before']:.4f} -> {summary[name]:.4f}")
     print(f"report: {args.workdir}/report.html")
     print(f"next: sftjax export --workdir={args.workdir} --to={FORMS[config.method][0]} --out=DIR")
+
+
+def eval_(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sftjax.check import refuse_metrics
+    from sftjax.config import UserError, default, override, parts
+    from sftjax.evaluate.table import show
+    from sftjax.tasks.evaluate import evaluate_model, evaluate_run
+    from sftjax.tasks.export import FORMS, read_config
+
+    of_run = [f"--{name}" for name in ("workdir", "checkpoint", "split") if getattr(args, name)]
+    of_model = [f"--{name}" for name in ("model", "adapter", "base", "data", "quantize") if getattr(args, name)]
+    if of_run and of_model:
+        raise UserError(f"{of_run[0]} is for a run and {of_model[0]} for a model without one; give only one of them")
+    if args.model and not args.data:
+        raise UserError("--model needs --data=FILE, the rows that it is measured on")
+    if args.rows is not None and args.rows < 0:
+        raise UserError(f"--rows={args.rows}: needs at least 0")
+    metrics = parts(args.metrics or "")
+    refuse_metrics(metrics, "--metrics")
+    keep_compilations()
+    if args.config:
+        config = load_config(args)
+    else:
+        config = read_config(Path(args.workdir).expanduser()) if args.workdir else default()
+        for item in args.overrides:
+            key, _, value = item.partition("=")
+            override(config, key, value)
+    options = sampling(args)
+    adapter, quantize = options.pop("adapter"), options.pop("quantize")
+    shared = {"out": args.out, "metrics": metrics, "rows": args.rows, "batch_size": args.batch_size, **options}
+    if args.workdir:
+        found = evaluate_run(args.workdir, config, checkpoint=args.checkpoint or "last", split=args.split, **shared)
+    else:
+        found = evaluate_model(args.model, config, data=args.data, adapter=adapter, base=args.base, quantize=quantize, **shared)
+    print()
+    show(found, Console())
+    out = args.out or (f"{args.workdir}/eval" if args.workdir else None)
+    print(f"\npredictions.jsonl and eval.json: {out}" if out else "\nnothing was written; --out=DIR keeps every answer")
+    if args.workdir:
+        if not args.out:
+            print(f"report: {args.workdir}/report.html")
+        step = found["of"]["step"]
+        print(f"next: sftjax export --workdir={args.workdir} --checkpoint={step} --to={FORMS[config.method][0]} --out=DIR")
+    else:
+        over = f" --adapter={adapter}" if adapter else ""
+        print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={quantize}" if quantize else ""))
 
 
 def export_(args: argparse.Namespace) -> None:
@@ -361,6 +472,13 @@ def compare(args: argparse.Namespace) -> None:
     )
 
 
+def lm_eval(args: argparse.Namespace) -> None:
+    from sftjax.evaluate.harness import run
+
+    keep_compilations()
+    run(["--model_args", *args.model_args, "--tasks", *args.tasks, *args.overrides])
+
+
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     names = ("adapter", "quantize", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
@@ -374,7 +492,17 @@ def keep_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/sftjax/xla"))
 
 
-VERBS = {"preview": preview, "train": train, "export": export_, "chat": chat, "generate": generate, "compare": compare}
+VERBS = {
+    "preview": preview,
+    "plan": plan,
+    "train": train,
+    "eval": eval_,
+    "export": export_,
+    "chat": chat,
+    "generate": generate,
+    "compare": compare,
+    "lm-eval": lm_eval,
+}
 
 if __name__ == "__main__":
     main()

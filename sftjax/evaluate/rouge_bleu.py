@@ -111,12 +111,13 @@ def chrf_figure(x: np.ndarray, beta: float = 2.0) -> np.ndarray:
     return np.divide((1 + beta**2) * p * r, beta**2 * p + r, out=np.zeros_like(p), where=p + r > 0)
 
 
-def how(expected: Sequence[str]) -> dict[str, str]:
-    """What stands behind the figures, by metric, where it depends on the text: for whoever compares them with others'."""
-    zh = chinese(expected)
-    return {
-        "token_f1": "characters" if zh else "words",
-        "rouge": "rouge-score's F-measure over " + ("characters" if zh else "words"),
-        "bleu": f"sacrebleu, tokenizer {tokenizer_for(expected)}, one reference",
-        "chrf": "sacrebleu, character order 6, no words, beta 2",
+def how(metrics: Iterable[str], expected: Sequence[str]) -> dict[str, str]:
+    """What stands behind those of the metrics that could be made otherwise: for whoever compares them with others' figures."""
+    counted = "words, and single characters in Chinese"
+    known = {
+        "token_f1": f"as SQuAD's, over {counted}",
+        **dict.fromkeys(("rouge1", "rouge2", "rougeL"), f"rouge-score's F-measure over {counted}"),
+        "bleu": f"sacrebleu's of the corpus, tokenizer {tokenizer_for(expected)}",
+        "chrf": "sacrebleu's of the corpus, chrF2",
     }
+    return {name: known[name] for name in metrics if name in known}

@@ -57,6 +57,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(figures_table(whole["figures"], models))
     if tagged:
         console.print(tags_table([whole, *tagged], found["metrics"], models))
+    for name, how in found["how"].items():
+        console.print(f"{name_of(name)}: {how}", style="dim", highlight=False)
     for way, word in (("better", "gained"), ("worse", "lost")):
         rows = found.get("changed", {}).get(way, [])
         if rows:

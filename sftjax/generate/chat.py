@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,14 +48,20 @@ def run_chat(
 
 def open_engine(model: str, adapter: str | None = None, quantize: str | None = None) -> tuple[Engine, Chat]:
     """A checkpoint, in few bits and with an adapter over it where they are given, ready to answer. Raises UserError."""
-    from sftjax.hf.load import read_json
     from sftjax.hf.model import load
 
     m = load(model, adapter=adapter, quantize=quantize)
     chat = Chat(m.tokenizer)
-    file = m.directory / "generation_config.json"  # where some families name more ends than the tokenizer does
+    return Engine(m.module, m.params, stop_ids=ends(m.directory, chat)), chat
+
+
+def ends(directory: Path, chat: Chat) -> tuple[int, ...]:
+    """The tokens that end an answer; generation_config.json is where some families name more of them than the tokenizer does."""
+    from sftjax.hf.load import read_json
+
+    file = directory / "generation_config.json"
     eos = read_json(file).get("eos_token_id") if file.is_file() else None
-    return Engine(m.module, m.params, stop_ids=(*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist())), chat
+    return (*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist())
 
 
 @dataclass

@@ -215,8 +215,8 @@ def read_config(workdir: Path) -> ConfigDict:
         if key not in config:
             raise UserError(f"--workdir={workdir}: the config.json there is not a run's, which has no {key}")
         if isinstance(value, dict):
-            with config[key].unlocked(), config[key].ignore_type():
-                config[key].update(value)
+            with config[key].unlocked(), config[key].ignore_type():  # JSON has lists where the schema has tuples
+                config[key].update({name: tuple(held) if isinstance(held, list) else held for name, held in value.items()})
         else:
             config[key] = value
     return config

@@ -1,8 +1,8 @@
 """report.html: one page about one run, from the files in its directory. Opens without a network.
 
-Reads config.json, manifest.json, metrics.jsonl, summary.json and samples.jsonl, each of which may be absent; a line of the
-last is {"prompt", "expected", "base", "tuned", "base_stopped", "tuned_stopped", "exact_base", "exact_tuned"}. Rows are
-anyone's text: the template escapes all of it, and the page's content security policy runs no script but its own.
+Reads config.json, manifest.json, metrics.jsonl, summary.json, samples.jsonl and eval/eval.json, each of which may be absent; a
+line of samples is {"prompt", "expected", "base", "tuned", "base_stopped", "tuned_stopped", "exact_base", "exact_tuned"}. Rows
+are anyone's text: the template escapes all of it, and the page's content security policy runs no script but its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 from sftjax import config as schema
 from sftjax.config import UserError
+from sftjax.evaluate import table
+from sftjax.evaluate.figures import verdict
 from sftjax.train import chart
 from sftjax.train.fit import judge
 from sftjax.train.manifest import leaves, show
@@ -66,6 +68,8 @@ def view(workdir: Path) -> dict[str, Any]:
         "charts": [c for c in small_charts(train) if c],
         "bad_steps": sum(1 for line in train if line.get("loss") is None),
         "samples": samples(workdir / "samples.jsonl"),
+        "timeline": timeline([line for line in metrics if line["kind"] == "sample"]),
+        "evaluation": evaluation(read_json(workdir / "eval" / "eval.json")),
         "lengths": lengths_chart(data.get("lengths")),
         "max_length": config.get("data.max_length"),
         "rows": row_counts(data),
@@ -203,6 +207,64 @@ def samples(path: Path) -> dict[str, Any] | None:
         "cards": cards[:SHOWN_SAMPLES],
         "stop_before": percent(stops[0]),
         "stop": percent(stops[1]),
+    }
+
+
+def timeline(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each prompt that was answered while training went on, with its answers by step; equal ones in a row are told once."""
+    asked: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        for a in line["answers"]:
+            one = asked.setdefault(a["prompt"], {"prompt": text(a["prompt"]), "expected": text(a["expected"]), "answers": []})
+            now = {"text": text(a["text"]), "stopped": a["stopped"], "right": a["exact"]}
+            if one["answers"] and {key: one["answers"][-1][key] for key in now} == now:
+                one["answers"][-1]["until"] = line["step"]
+            else:
+                one["answers"].append({"step": line["step"], "until": line["step"], **now})
+    return list(asked.values())
+
+
+def evaluation(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `sftjax eval` found, in words; `spans` are an interval's place on a scale from 0 to 1, where that is one."""
+    if not found:
+        return None
+    models, (whole, *tagged) = found["models"], found["figures"]
+
+    def row(name: str, of: Mapping[str, Any]) -> dict[str, Any]:
+        spans = [(m, 100 * of[m]["low"], 100 * of[m]["high"], 100 * of[m]["value"]) for m in models if of[m]]
+        scaled = name not in ("loss", "perplexity", "mean_length")
+        return {
+            "name": table.name_of(name),
+            "cells": [table.told(name, of[m]) for m in models],
+            "difference": table.told(name, of.get("difference"), sign=True),
+            "verdict": verdict(name, of.get("difference")),
+            "spans": spans if scaled else [],
+        }
+
+    first = [name for name in (*found["metrics"][:1], "loss") if name in whole["figures"]]
+    of = found["of"]
+    changed = found.get("changed", {})
+    return {
+        "what": f"Step {of['step']}, {of['split']} rows: the loss of {found['rows']:,}, the answers of {found['answered']:,}.",
+        "intervals": found["intervals"],
+        "how": [f"{table.name_of(name)}: {how}" for name, how in found["how"].items()],
+        "models": models,
+        "rows": [row(name, of) for name, of in whole["figures"].items()],
+        "first": [table.name_of(name) for name in first],
+        "tags": [
+            {
+                "tag": one["tag"],
+                "figures": [row(name, one["figures"][name]) if name in one["figures"] else None for name in first],
+            }
+            | {"n": max(of["rows"] for of in one["figures"].values())}
+            for one in tagged
+        ],
+        "changed": [
+            {key: text(value) for key, value in row.items() if key != "change"}
+            | {"way": way, "change": f"{100 * row['change']:+.1f}"}
+            for way, rows in changed.items()
+            for row in rows
+        ],
     }
 
 

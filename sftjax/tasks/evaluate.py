@@ -1,0 +1,303 @@
+"""sftjax eval: how good a model is on rows that it was not trained on, and whether training made it better.
+
+    a run      its held-out rows, by the model before training and by a checkpoint
+    a model    the rows of a file, by it alone or beside another
+
+Each row's loss; of some rows, chosen by the seed as training chooses them, the answers. All of it with intervals, by tag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sftjax import config as schema
+from sftjax import sharding
+from sftjax.check import check
+from sftjax.config import UserError, parts
+from sftjax.data import pipeline
+from sftjax.data.chat import Chat
+from sftjax.data.pack import permutation
+from sftjax.data.rows import Rows
+from sftjax.evaluate import heldout, rouge_bleu
+from sftjax.evaluate.bootstrap import DRAWS, SHARE
+from sftjax.evaluate.figures import Part, by_tag, changed
+from sftjax.evaluate.loss import perplexity, row_losses
+from sftjax.evaluate.metrics import Sums, all_sums, row_scores
+from sftjax.generate.chat import ends
+from sftjax.generate.engine import Engine, max_length
+from sftjax.hf.model import load
+from sftjax.models.decoder import Decoder, forward
+from sftjax.tasks.base import Base
+from sftjax.tasks.export import read_config, refuse_another_base, restore
+from sftjax.tasks.job import check_batch, eval_rows
+from sftjax.train.manifest import difference, leaves
+from sftjax.train.report import write_report
+from sftjax.train.run import Run, clean, read_json
+from sftjax.weights import select
+
+ASKED = 200  # rows that are answered, unless another number is asked for
+TASKS = ("sft", "classify", "pretrain")  # whose held-out loss is that of the answers' tokens, or the texts'
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the models that are compared."""
+
+    name: str
+    decoder: Decoder
+    params: Any
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: the models, in their mesh, on rows that one chat has encoded."""
+
+    sides: Sequence[Side]
+    chat: Chat
+    stop_ids: Sequence[int]
+    rows: Rows
+    config: ConfigDict
+    mesh: Mesh
+
+
+def evaluate_run(
+    workdir: str | Path,
+    config: ConfigDict | None = None,
+    *,
+    checkpoint: str = "last",
+    split: str | None = None,
+    out: str | Path | None = None,
+    say: Say = print,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates a run's checkpoint (last, best or a step) beside what it started from; writes to `out`, W/eval where None.
+
+    `config` is the run's own with other wishes about its evaluation; None is as it was trained. `split` is test or eval; None is
+    test where the run has such rows. `options` as in `measure`. Returns what eval.json holds. Raises UserError.
+    """
+    workdir = Path(workdir).expanduser()
+    own = read_config(workdir)
+    if config is None:
+        config = own
+    check(config)
+    if config.task not in TASKS:
+        raise UserError(
+            f"--workdir={workdir}: a run of task {config.task}, whose held-out figures are in its report; to see how it answers, "
+            "export it and use --model with --data"
+        )
+    refuse_another_config(workdir, config)
+    refuse_missing_libraries(options.get("metrics") or parts(config.eval.metrics))
+    mesh = sharding.make_mesh(**config.mesh)
+    check_batch(config, mesh)
+    start = Base(config)
+    refuse_another_base(workdir, start)
+    splits = pipeline.build(config, start.chat, say=say)
+    refuse_other_rows(workdir, splits.report)
+    split, rows = held_out(splits, split)
+    decoder, params, mask = start.build(mesh)
+    tuned, step = restore(workdir, params, mask, checkpoint, say)
+    decoder = dataclasses.replace(decoder, lower=0)
+    sides = [Side(name, decoder, select.uncut(p)) for name, p in (("base", params), ("tuned", tuned))]
+    subject = Subject(sides, start.chat, ends(start.directory, start.chat), rows, config, mesh)
+    of = {"workdir": str(workdir), "step": step, "split": split}
+    found = measure(subject, of, out=Path(out).expanduser() if out else workdir / "eval", say=say, **options)
+    if not out:
+        write_report(workdir)
+    return found
+
+
+def evaluate_model(
+    model: str,
+    config: ConfigDict | None = None,
+    *,
+    data: str,
+    adapter: str | None = None,
+    base: str | None = None,
+    quantize: str | None = None,
+    out: str | Path | None = None,
+    say: Say = print,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates a model, with an adapter over it where one is given, on all rows of `data`; beside the model `base`, where given.
+
+    `config` says how rows are read and answered (its `data` and `eval`); None is the defaults. Nothing is written where `out` is
+    None. `options` as in `measure`. Returns what eval.json would hold. Raises UserError.
+    """
+    config = config.copy_and_resolve_references() if config is not None else schema.default()
+    check(config)
+    config.data.train, config.data.eval, config.data.split = (data,), None, (1,)
+    config.model.path, config.task = model, "pretrain" if config.task == "pretrain" else "sft"
+    refuse_missing_libraries(options.get("metrics") or parts(config.eval.metrics))
+    m = load(model, adapter=adapter, quantize=quantize)
+    sides = [Side("tuned" if base else "model", m.module, m.params)]
+    if base:
+        other = load(base, quantize=quantize)
+        refuse_another_tokenizer(base, model, other.tokenizer, m.tokenizer)
+        sides.insert(0, Side("base", other.module, other.params))
+    template = None if config.task == "pretrain" else config.data.template
+    chat = Chat(m.tokenizer, template=template, loss_on=config.data.loss_on)
+    limit = min(max_length(side.decoder.config) for side in sides)
+    config.data.max_length = min(config.data.max_length, limit)
+    splits = pipeline.build(config, chat, say=lambda _: None)
+    report, dropped = splits.report, splits.report["dropped"]
+    told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in dropped.items()) or "none"
+    say(f"{data}: {report['read']:,} rows read, {report['kept']:,} kept, dropped: {told}")
+    subject = Subject(sides, chat, ends(m.directory, chat), splits.train, config, sharding.make_mesh(1, 1, 1))
+    of = {"model": model, "adapter": adapter, "base": base, "data": data}
+    return measure(subject, of, out=Path(out).expanduser() if out else None, say=say, **options)
+
+
+def measure(
+    subject: Subject,
+    of: dict[str, Any],
+    *,
+    out: Path | None,
+    metrics: Sequence[str] = (),
+    rows: int | None = None,
+    max_new_tokens: int | None = None,
+    say: Say = print,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """What eval.json holds of `subject`; writes it and predictions.jsonl to `out`, where one is given.
+
+    `metrics`: () is config.eval.metrics, else those that suit the rows. `rows`: how many are answered, 0 for none.
+    `max_new_tokens`: None is config.eval.max_new_tokens. `sampling` as in Engine.each.
+    """
+    config, names = subject.config, [side.name for side in subject.sides]
+    longest = max_new_tokens or config.eval.max_new_tokens
+    questions = chosen(subject, ASKED if rows is None else rows)
+    metrics = (
+        metrics
+        or parts(config.eval.metrics)
+        or heldout.suited([q.expected or "" for q in questions], [q.label for q in questions])
+    )
+    losses: list[Sums] = []
+    answers: list[list[heldout.Answer]] = []
+    with jax.set_mesh(subject.mesh):
+        for side in subject.sides:
+            losses.append(loss_of(subject, side))
+            if questions:
+                say(f"{side.name}: answering {len(questions):,} of {len(subject.rows):,} rows")
+                engine = Engine(side.decoder, side.params, stop_ids=subject.stop_ids)
+                answers.append(
+                    heldout.answers(engine, questions, tokenizer=subject.chat.tokenizer, max_new_tokens=longest, **sampling)
+                )
+    tags = [subject.rows.example(i).tags for i in range(len(subject.rows))]
+    whole = [Part(tags, {"loss": losses, "perplexity": [perplexity(loss) for loss in losses]})]
+    if questions:
+        each = [heldout.sums(a, metrics) for a in answers]
+        whole.insert(0, Part([q.tags for q in questions], {name: [one[name] for one in each] for name in each[0]}))
+    found = {
+        "of": of,
+        "rows": len(subject.rows),
+        "answered": len(questions),
+        "models": names,
+        "metrics": list(metrics) if questions else [],
+        "how": rouge_bleu.how(metrics, [q.expected or "" for q in questions]) if questions else {},
+        "generation": {"max_new_tokens": longest, **sampling},
+        "intervals": {"per_cent": SHARE, "draws": DRAWS, "seed": config.seed},
+        "figures": by_tag(whole, names, seed=config.seed),
+    }
+    if len(answers) == 2:
+        found["changed"] = changed(questions, answers[0], answers[1], metrics)
+    if out is not None:
+        with Run(out) as place:
+            place.write_lines("predictions.jsonl", predictions(questions, names, answers, metrics))
+            place.write_json("eval.json", found)
+    return found
+
+
+def chosen(subject: Subject, most: int) -> list[heldout.Question]:
+    """The rows that are answered: by the seed, from those that ask something."""
+    rows, config = subject.rows, subject.config
+    if config.task == "pretrain":
+        return []
+    shuffled = (rows.example(i) for i in permutation(len(rows), config.seed).tolist())
+    return list(itertools.islice(heldout.questions(subject.chat, shuffled), most))
+
+
+def loss_of(subject: Subject, side: Side) -> Sums:
+    c = subject.config
+    return row_losses(
+        forward(side.decoder),
+        side.params,
+        subject.rows,
+        batch_size=eval_rows(c),
+        max_length=c.data.max_length,
+        mesh=subject.mesh,
+    )
+
+
+def predictions(
+    questions: Sequence[heldout.Question],
+    models: Sequence[str],
+    answers: Sequence[Sequence[heldout.Answer]],
+    metrics: Sequence[str],
+) -> list[dict[str, Any]]:
+    """A row for each question, with every model's answer and what it scored."""
+    out: list[dict[str, Any]] = [
+        {"where": q.where, "tags": list(q.tags), "prompt": q.prompt, "expected": q.expected} for q in questions
+    ]
+    for model, each in zip(models, answers):
+        scores = row_scores(metrics, [a.text for a in each], [a.expected for a in each])
+        for i, (row, a) in enumerate(zip(out, each)):
+            told = {name: values[i] for name, values in scores.items()}
+            row |= {model: a.text, f"{model}_stopped": a.stopped, f"{model}_tokens": a.tokens, f"{model}_scores": told}
+    return out
+
+
+def held_out(splits: pipeline.Splits, split: str | None) -> tuple[str, Rows]:
+    """The rows of a split; of test, where none is named and there are any, else of eval."""
+    name = split or ("test" if len(splits.test) else "eval")
+    rows = splits.test if name == "test" else splits.eval
+    if not len(rows):
+        asked = f"--split={split}: the" if split else "the"
+        raise UserError(f"{asked} run holds no such rows out; evaluate an export on a file instead, with --model and --data")
+    return name, rows
+
+
+def refuse_missing_libraries(metrics: Sequence[str]) -> None:
+    """Before anything is loaded."""
+    all_sums(metrics, ["a"], ["a"])
+
+
+def refuse_another_config(workdir: Path, config: ConfigDict) -> None:
+    """Another config would hold out other rows, some of which the run was trained on."""
+    old = read_json(workdir / "manifest.json") or {}
+    new = {"config": leaves(clean(config)[0]), "hashes": old.get("hashes", {})}
+    changes = [change for change in difference(old, new) if not change.startswith("config.eval.")]
+    if changes:
+        raise UserError(
+            f"--config: the run in {workdir} was trained otherwise:\n  "
+            + "\n  ".join(changes)
+            + "\nleave --config out, the run keeps its own; --config.eval.KEY=VALUE changes how it is evaluated"
+        )
+
+
+def refuse_other_rows(workdir: Path, report: dict[str, Any]) -> None:
+    """Rows that are not those of the run may be rows that it was trained on, for all one knows."""
+    digest = hashlib.sha256("".join(source["tokens_sha256"] for source in report["sources"]).encode()).hexdigest()
+    if (read_json(workdir / "manifest.json") or {}).get("hashes", {}).get("data") != digest:
+        raise UserError(
+            f"--workdir={workdir}: the data is not what the run was trained on, so its held-out rows are not known any more; "
+            "put that back, or export the run and use --model with --data"
+        )
+
+
+def refuse_another_tokenizer(base: str, model: str, one: Any, other: Any) -> None:
+    if pipeline.tokenizer_text(one) != pipeline.tokenizer_text(other):
+        raise UserError(
+            f"--base={base}: has another tokenizer than {model}, and losses per token of different tokens do not compare; "
+            "sftjax compare takes models of any kind"
+        )
