@@ -67,7 +67,9 @@ def check_fields(named: Sequence[str], rows: Sequence[Mapping[str, Any]], path: 
     for field in named:
         if rows and not any(pick(row, field) is not None for row in rows):
             near = difflib.get_close_matches(field, seen, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(seen[:20])}"
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(name[:40] for name in seen[:20])}"
+            if path.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+                hint += "; without a header line columns are numbered, {0}, {1}"
             raise UserError(f"{path}: no row has a field {field}, which the prompts or --expected name; {hint}")
 
 

@@ -33,6 +33,7 @@ from sftjax.evaluate.metrics import METRICS, all_sums, fitting, row_scores
 from sftjax.evaluate.prompts import Ask, Variant, ask, read_variants
 from sftjax.evaluate.verdict import Cell, figures, rivals, verdict
 from sftjax.generate.answer import refuse
+from sftjax.generate.sampling import choose
 from sftjax.train.run import full_disk, replace
 
 AS_GIVEN = "as given"  # the prompt where no file of prompts is
@@ -83,13 +84,9 @@ def run_compare(
     CORPUS of which the first decides. Raises UserError for what is wrong, before the first answer wherever that can be known.
     """
     contenders = parse(models)
-    for name, least, number in (
-        ("--rows", 1, rows),
-        ("--parallel", 1, parallel),
-        ("--max-new-tokens", 1, options.max_new_tokens),
-    ):
-        if number is not None and number < least:
-            raise UserError(f"{name}={number}: needs at least {least}")
+    check_numbers(options, {"--rows": rows, "--parallel": parallel, "--batch-size": batch_size})
+    if not timeout > 0:
+        raise UserError(f"--timeout={timeout:g}: needs seconds, more than 0")
     variants = read_variants(prompts) if prompts else [Variant(AS_GIVEN)]
     refuse_metrics(metrics, "--metrics")
     key_of, price_of = by_name("--key-env", key_envs, contenders), priced(prices, contenders)
@@ -99,10 +96,7 @@ def run_compare(
     asks = {v.name: ask_all(v, given) for v in variants}
     metrics = metrics or fitting([row.answer for row in given], labels=are_labels(given))
     row_scores(metrics, ["a"], ["a"])  # a library that is missing is told now
-    opened = [
-        Local(c, quantize, batch_size) if c.path else Remote(c, key_of.get(c.name, "OPENAI_API_KEY"), timeout, parallel)
-        for c in contenders
-    ]
+    opened = [Local(c, quantize, batch_size) if c.path else Remote(c, key_of.get(c.name), timeout, parallel) for c in contenders]
     for model in opened:
         check_asks(model, list(asks.items()), [row.where for row in given])
     where = open_out(out)
@@ -131,6 +125,13 @@ def run_compare(
     show_all(result, asked, given, show)
     print(f"\n{where}/compare.html, compare.json, predictions.jsonl")
     return result
+
+
+def check_numbers(options: Options, counts: Mapping[str, int | None]) -> None:
+    for name, number in {**counts, "--max-new-tokens": options.max_new_tokens}.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name}={number}: needs at least 1")
+    choose(temperature=options.temperature, top_p=options.top_p)  # which refuses what no model can sample with
 
 
 def many(n: int, what: str) -> str:
@@ -341,10 +342,12 @@ def show_all(result: Mapping[str, Any], asked: Sequence[Asked], rows: Sequence[R
         for line in lines:
             table.add_row(*(Text(short(text, 40)) for text in line))
         console.print(table)
+    if any(cell["why"] for cell in result["cells"]):
+        console.print()
     for cell in result["cells"]:
         if cell["why"]:
             what = f"{many(cell['unanswered'], 'row')} without an answer, which counts as a wrong one; the first: {cell['why']}"
-            console.print(f"\n{cell['model']} with {cell['prompt']}: {what}", soft_wrap=True)
+            console.print(f"{cell['model']} with {cell['prompt']}: {what}", soft_wrap=True)
     differ = result["disagreements"]["rows"]
     if most > 0:
         some = f"{len(differ):,} of {many(len(rows), 'row')}" if differ else "No row"

@@ -132,11 +132,14 @@ class Local:
 class Remote:
     """A model behind an endpoint."""
 
-    def __init__(self, contender: Contender, key_env: str, timeout: float, parallel: int):
-        self.contender, self.key_env, self.timeout, self.parallel = contender, key_env, timeout, parallel
-        self.key = (os.environ.get(key_env) or "").strip() or None
+    def __init__(self, contender: Contender, key_env: str | None, timeout: float, parallel: int):
+        self.contender, self.timeout, self.parallel = contender, timeout, parallel
+        self.key_env = key_env or "OPENAI_API_KEY"
+        self.key = os.environ.get(self.key_env, "").strip() or None
+        if key_env and not self.key:
+            raise UserError(f"--key-env={key_env}: there is no such variable in the environment, or nothing in it")
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise UserError(f"the key in {key_env} has characters in it that no key has; set it again")
+            raise UserError(f"the key in {self.key_env} has characters in it that no key has; set it again")
         self.identity = f"{contender.url}#{contender.model}"
         self.notes: list[str] = []
 

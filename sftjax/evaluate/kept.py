@@ -69,6 +69,8 @@ def key(identity: str, ask: Ask, options: dict[str, Any]) -> str:
 def open_out(out: str) -> Path:
     """The directory of a comparison: a new or empty one, or one that a comparison has begun. Raises UserError."""
     where = Path(out).expanduser()
+    if where.is_file():
+        raise UserError(f"--out={out}: is a file, where a directory is needed")
     if where.is_dir() and any(where.iterdir()) and not (where / "answers.jsonl").is_file():
         raise UserError(f"--out={out}: has other files in it; give a new directory, or that of a comparison to go on with")
     try:

@@ -116,6 +116,8 @@ def of_prompts(cells: Sequence[Cell], metric: str, n: int) -> str:
     near = [f"{name} ({edge})" for name, edge in edges.items() if not edge.told]
     if not edges:
         return ""
+    if all(cell.figures[metric].value == 0 for cell in cells):
+        return f"With {top.model}, no answer scores above 0 by {metric}, whatever the prompt."
     what = [f"beats {listed(beaten)}"] if beaten else []
     what += [f"cannot be told from {listed(near)} by these {n:,} rows"] if near else []
     score = f"{top.figures[metric]} points of {metric}"

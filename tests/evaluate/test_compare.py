@@ -231,7 +231,11 @@ MISTAKES = [
     (["--model=http://h/v1#m", "--price=m=1"], "--price=m=1: needs dollars a million tokens of prompts and of answers"),
     (["--model=http://h/v1#m", "--key-env=n=KEY"], "--key-env=n=KEY: no endpoint is called n; known are m"),
     (["--model=http://h/v1#m", "--quantize=nf4"], "--quantize=nf4: is for local models, of which there are none"),
+    (["--model=http://h/v1#m", "--key-env=NOT_SET"], "--key-env=NOT_SET: there is no such variable in the environment"),
     (["--model=http://h/v1#m", "--rows=0"], "--rows=0: needs at least 1"),
+    (["--model=http://h/v1#m", "--temperature=-1"], "temperature=-1.0: "),
+    (["--model=http://h/v1#m", "--timeout=0"], "--timeout=0: needs seconds, more than 0"),
+    ([], "needs --model=MODEL; for example"),
     (["--model=http://h/v1#m", "--prompts=nope.yaml"], "--prompts=nope.yaml: No such file or directory"),
 ]
 
@@ -242,7 +246,7 @@ def test_a_mistake_is_one_sentence_and_makes_nothing(world, monkeypatch, capsys,
     with pytest.raises(SystemExit) as end:
         main(["compare", "--data=rows.jsonl", "--out=out", *argv])
     told = capsys.readouterr().err
-    assert end.value.code == 1 and told.startswith(f"sftjax compare: {sentence}") and told.count("\n") == 1
+    assert end.value.code == 1 and told.startswith(f"sftjax compare: {sentence}") and told.count("\n") == (1 if argv else 2)
     assert not (world / "out").exists()
 
 
