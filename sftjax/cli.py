@@ -182,7 +182,7 @@ def build_parser() -> Parser:
 
     p = verb(
         "compare",
-        "--model=DIR|DIR@ADAPTER|URL#NAME --data=FILE --out=DIR",
+        "--model=MODEL --data=FILE --out=DIR",
         "Asks several models through several prompts, and says which is better and what the rows cannot tell.",
     )
     compare_options(p)
