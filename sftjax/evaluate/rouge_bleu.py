@@ -4,13 +4,14 @@
     chrF  F2 of character n-grams, n = 1..6; a row's sums are n-grams of the answer, of the reference, in both
 
 ROUGE's tokens are lower-case runs of letters and digits, as rouge-score's own are of ASCII text, and single characters in
-Chinese, which it would drop. BLEU's are sacrebleu's 13a, or its zh where the references are Chinese.
+Chinese, which it would drop. BLEU's are sacrebleu's 13a, or its zh where there is Chinese among the references.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -28,11 +29,17 @@ Figure = Callable[[np.ndarray], np.ndarray]
 
 def library(name: str, metric: str) -> Any:
     """The imported library. Raises UserError where it is not installed."""
+    hidden = "torch" in sys.modules and sys.modules["torch"] is None  # as the command line does; scipy trips over it
+    if hidden:
+        del sys.modules["torch"]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         told = SHOWN[name.partition(".")[0]]
         raise UserError(f"the metric {metric} needs {told}, which is not installed; run pip install 'sftjax[eval]'") from e
+    finally:
+        if hidden:
+            sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 class Tokens:

@@ -9,7 +9,7 @@ HAN = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 
 
 def chinese(texts: Iterable[str]) -> bool:
-    """Whether most of the letters are Chinese characters, one counting as half a word of five letters."""
+    """Whether a tenth of the letters, or more, are Chinese characters."""
     text = "".join(texts)
     han = len(re.findall(HAN, text))
-    return 2.5 * han > sum(c.isalpha() for c in text) - han
+    return 10 * han >= sum(c.isalpha() for c in text) > 0

@@ -21,10 +21,9 @@ NAMES = {
     "chrf": "chrF",
     "macro_f1": "macro-F1",
     "json_valid": "valid JSON",
-    "numeric": "numeric answer",
-    "stop_rate": "stop by themselves",
+    "stop_rate": "stop rate",
     "overlong": "over-length",
-    "mean_length": "mean length, tokens",
+    "mean_length": "mean tokens",
 }
 LOOKS = {"better": "green", "worse": "red"}
 SHOWN = 3  # changed rows each way
@@ -35,8 +34,9 @@ def name_of(figure: str) -> str:
 
 
 def number(figure: str, value: float, *, sign: bool = False) -> str:
-    """1.2346 of a loss, 3.44 of a perplexity, 12.3 of a length, 41.7 of a share of 0.417."""
-    digits, scale = {"loss": (4, 1), "perplexity": (2, 1), "mean_length": (1, 1)}.get(figure, (1, 100))
+    """1.235 of a loss, 3.44 of a perplexity, 12.3 of a length, 41.7 of a share of 0.417."""
+    digits, scale = {"loss": (3, 1), "perplexity": (2, 1), "mean_length": (1, 1)}.get(figure, (1, 100))
+    digits = 0 if figure == "perplexity" and abs(value) >= 1000 else digits
     text = f"{scale * value:,.{digits}f}"
     text = text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
     return f"+{text}" if sign and not text.startswith("-") else text
@@ -48,6 +48,11 @@ def told(figure: str, of: Mapping[str, float] | None, *, sign: bool = False) -> 
         return "-"
     value, low, high = (number(figure, of[key], sign=sign) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def around(figure: str, of: Mapping[str, float] | None) -> str:
+    """41.7 ±8.3, half the interval: for a terminal, where both its ends would not fit."""
+    return "-" if of is None else f"{number(figure, of['value'])} ±{number(figure, (of['high'] - of['low']) / 2)}"
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
@@ -72,11 +77,11 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 def figures_table(figures: Mapping[str, Any], models: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in (*models, *(["difference", ""] if len(models) == 2 else [])):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, of in figures.items():
-        cells = [told(name, of[model]) for model in models]
+        cells = [around(name, of[model]) if len(models) == 2 else told(name, of[model]) for model in models]
         if len(models) == 2:
             word = verdict(name, of["difference"])
             cells += [told(name, of["difference"], sign=True), f"[{LOOKS[word]}]{word}[/]" if word in LOOKS else word]

@@ -197,7 +197,7 @@ def measure(
     whole = [Part(tags, {"loss": losses, "perplexity": [perplexity(loss) for loss in losses]})]
     if questions:
         each = [heldout.sums(a, metrics) for a in answers]
-        whole.insert(0, Part([q.tags for q in questions], {name: [one[name] for one in each] for name in each[0]}))
+        whole.append(Part([q.tags for q in questions], {name: [one[name] for one in each] for name in each[0]}))
     found = {
         "of": of,
         "rows": len(subject.rows),

@@ -3,6 +3,7 @@
 import math
 import random
 import string
+import subprocess
 import sys
 from collections import Counter
 
@@ -203,3 +204,13 @@ def test_a_wrong_name_and_a_missing_library_are_sentences(monkeypatch):
         UserError, match=r"the metric chrf needs sacrebleu, which is not installed; run pip install 'sftjax\[eval\]'"
     ):
         corpus_scores(["chrf"], ["a"], ["a"])
+
+
+def test_rouge_is_there_where_torch_is_hidden():
+    """As on the command line, in a process that has imported nothing yet."""
+    program = (
+        "import sys; sys.modules['torch'] = None; from sftjax.evaluate.metrics import METRICS;"
+        "print(METRICS['rouge1']('a', 'a'), sys.modules['torch'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1.0 None\n"
