@@ -1,5 +1,6 @@
 # make quickstart   the main job in under four minutes on two CPU cores, without a download beyond the packages
 # make preferences  DPO on what the quickstart made (made first, where it is not there)
+# make compare      would a better prompt have done? the quickstart's base and tuned model (made first, where not there)
 # make test         every test
 # Both make .venv first, and only once. PYTHON may name another interpreter (3.11 to 3.13).
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH := torch==2.13.0
 
-.PHONY: setup quickstart preferences test lint types clean
+.PHONY: setup quickstart preferences compare test lint types clean
 
 setup: .venv/.installed
 
@@ -18,6 +19,9 @@ quickstart: .venv/.installed
 
 preferences: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/preferences/run.sh
+
+compare: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/compare/run.sh
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -30,7 +34,7 @@ types: .venv/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs/quickstart runs/preferences
+	rm -rf .venv runs/quickstart runs/preferences runs/compare
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -69,7 +69,8 @@ def figures(sums: Sequence[Mapping[str, Sums]]) -> list[dict[str, Figure]]:
 
 
 def best(cells: Sequence[Cell], metric: str) -> Cell:
-    return max(cells, key=lambda cell: cell.figures[metric].value)
+    """By the metric that decides; of equals by the others, in their order."""
+    return max(cells, key=lambda cell: [cell.figures[metric].value, *(figure.value for figure in cell.figures.values())])
 
 
 def rivals(cells: Sequence[Cell], metric: str) -> tuple[Cell, Cell] | None:
