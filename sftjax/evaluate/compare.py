@@ -110,7 +110,7 @@ def run_compare(
             for note in model.notes:
                 err.print(f"{model.contender.name} {note}", highlight=False, markup=False)
         asked = [
-            Asked(m.contender, v, asks[v.name], [kept.replies[key(m.identity, a, asdict(options))] for a in asks[v.name]])
+            Asked(m.contender, v, asks[v.name], [kept.replies[key(m.identity, a, options.telling())] for a in asks[v.name]])
             for m in opened
             for v in variants
         ]
@@ -189,7 +189,7 @@ def collect(model: Local | Remote, asks: Mapping[str, Sequence[Ask]], kept: Kept
     keys: dict[str, list[str]] = {}
     seen: set[str] = set()
     for name, all_of in asks.items():
-        named = [(key(model.identity, a, asdict(options)), a) for a in all_of]
+        named = [(key(model.identity, a, options.telling()), a) for a in all_of]
         missing = {k: a for k, a in named if k not in kept and k not in seen}
         seen |= missing.keys()
         if missing:

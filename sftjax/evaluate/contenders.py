@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sftjax.config import UserError
@@ -49,6 +49,10 @@ class Options:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+    def telling(self) -> dict[str, Any]:
+        """What an answer depends on: a greedy one not on the seed."""
+        return asdict(self if self.temperature else replace(self, seed=0))
 
 
 def parse(specs: Sequence[str]) -> list[Contender]:

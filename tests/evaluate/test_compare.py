@@ -8,6 +8,7 @@ from fake_server import failing, said, serving
 
 from sftjax.cli import main
 from sftjax.config import UserError
+from sftjax.data.example import Message
 from sftjax.evaluate import contenders, endpoint
 from sftjax.evaluate.compare import run_compare
 from sftjax.evaluate.contenders import Contender, Local, Options, parse
@@ -86,6 +87,7 @@ def test_run_again_nothing_is_asked(world):
         first = compare(world, f"a={server.url}#m")
         assert len(server.bodies) == 8
         assert compare(world, f"a={server.url}#m") == first
+        compare(world, f"a={server.url}#m", options=Options(max_new_tokens=4, seed=1))  # greedy answers have none
         assert len(server.bodies) == 8
         compare(world, f"a={server.url}#m", options=Options(max_new_tokens=5))  # other answers
         assert len(server.bodies) == 16
@@ -143,11 +145,24 @@ def test_a_model_without_a_template_gets_text(toy, tmp_path):
     shutil.copytree(toy.base, base)
     (base / "chat_template.jinja").unlink()
     model = Local(Contender("base", path=str(base)), None, 8)
-    from sftjax.data.example import Message
-
     put = Ask((Message("system", "S"), Message("user", "q:")), None, "a")
     assert model.chat.tokenizer.decode(model.ids(put)) == "S\n\nq:"
     assert model.notes == ["has no chat template: prompts are plain text"]
+
+
+def test_a_template_that_refuses_a_prompt_is_told_before_anyone_is_asked(toy, world):
+    base = world / "base"
+    shutil.copytree(toy.base, base)
+    template = base / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + template.read_text()
+    )
+    with (
+        serving(oracle) as server,
+        pytest.raises(UserError, match=r"rows\.jsonl:1: base cannot be asked this .* hinted: .*no system"),
+    ):
+        compare(world, f"oracle={server.url}#m", str(base))
+    assert not server.bodies
 
 
 def test_a_model_is_known_by_what_it_is(toy, tmp_path):
