@@ -132,6 +132,7 @@ def default() -> ConfigDict:
     c.train.patience = 0  # evaluations without improvement before stopping; 0 = never
     c.train.max_bad_steps = 5  # non-finite updates in a row before the run stops
     c.train.tensorboard = True
+    c.train.generate_every = 0  # steps; a few held-out prompts are answered, into metrics.jsonl and the report; 0 = never
 
     c.eval = ConfigDict()
     c.eval.batch_size = placeholder(int)  # None = micro_batch

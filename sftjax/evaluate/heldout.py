@@ -131,6 +131,11 @@ def sums(answers: Sequence[Answer], metrics: Sequence[str]) -> dict[str, Sums]:
     return all_sums(metrics, [a.text for a in answers], [a.expected for a in answers]) | health(answers)
 
 
+def refuse_missing(metrics: Sequence[str]) -> None:
+    """Raises UserError where a metric's library is missing: before anything long has begun."""
+    all_sums(metrics, ["a"], ["a"])
+
+
 def suited(expected: Sequence[str], labels: Sequence[str | None]) -> tuple[str, ...]:
     """The metrics for rows that expect these texts."""
     return fitting(expected, labels=bool(labels) and all(label is not None for label in labels))

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 
 from sftjax import tree
+from sftjax.config import parts
 from sftjax.data.pack import permutation
 from sftjax.evaluate import heldout
 from sftjax.generate.engine import Engine
 from sftjax.tasks.job import Job
 from sftjax.weights.select import uncut
 
+WATCHED = 4  # prompts that are answered while training goes on
 FILE = "answers_before.json"  # {"of": what was asked of what, "answers": [...]}
 
 
@@ -30,12 +32,19 @@ class Answers:
         self.job = job
         rows, wanted = job.splits.eval, job.config.eval.generate
         shuffled = (rows.example(i) for i in permutation(len(rows), job.config.seed).tolist())
-        self.questions = list(itertools.islice(heldout.questions(job.chat, shuffled), wanted))
+        watched = WATCHED if job.config.train.generate_every else 0
+        found = list(itertools.islice(heldout.questions(job.chat, shuffled), max(wanted, watched)))
+        self.questions, self.watched = found[:wanted], found[:watched]
+        metrics = parts(job.config.eval.metrics)
+        heldout.refuse_missing(metrics)
+        self.metrics = metrics or heldout.suited([q.expected or "" for q in found], [q.label for q in found])
         self.base: list[heldout.Answer] = []
         self.tuned: list[heldout.Answer] = []
-        if wanted and not self.questions:
-            why = "no held-out row asks for a text" if len(rows) else "no rows are held out"
+        why = "no held-out row asks for a text" if len(rows) else "no rows are held out"
+        if wanted and not found:
             job.say(f"eval.generate={wanted}: {why}, so nothing is answered before and after training")
+        if watched and not found:
+            job.say(f"train.generate_every={job.config.train.generate_every}: {why}, so nothing is answered during training")
 
     def before(self) -> None:
         if not self.questions:
@@ -44,21 +53,26 @@ class Answers:
         if isinstance(kept, dict) and kept.get("of") == of:
             self.base = [heldout.Answer(**answer) for answer in kept["answers"]]
             return
-        self.base = self.answer(tree.join(self.job.trainable, self.job.frozen))
+        self.base = self.answer(tree.join(self.job.trainable, self.job.frozen), self.questions)
         self.job.run.write_json(FILE, {"of": of, "answers": [dataclasses.asdict(answer) for answer in self.base]})
         self.say("before training", self.base)
 
     def after(self, params: Any) -> None:
         if self.questions:
-            self.tuned = self.answer(params)
+            self.tuned = self.answer(params, self.questions)
             self.say("after training", self.tuned)
 
-    def answer(self, params: Any) -> list[heldout.Answer]:
+    def now(self, params: Any) -> list[dict[str, Any]]:
+        """A few of the answers as training goes on, for metrics.jsonl."""
+        told = ("prompt", "expected", "text", "stopped", "exact")
+        return [{name: getattr(a, name) for name in told} for a in self.answer(params, self.watched)] if self.watched else []
+
+    def answer(self, params: Any, questions: list[heldout.Question]) -> list[heldout.Answer]:
         job = self.job
         with jax.set_mesh(job.mesh):
             engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(params), stop_ids=job.chat.stop_ids)
             longest = job.config.eval.max_new_tokens
-            return heldout.answers(engine, self.questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
+            return heldout.answers(engine, questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the answers before training."""
@@ -74,7 +88,7 @@ class Answers:
     def summary(self) -> dict[str, Any]:
         if not self.questions:
             return {}
-        before, after = heldout.summary(self.base), heldout.summary(self.tuned)
+        before, after = (heldout.summary(answers, self.metrics) for answers in (self.base, self.tuned))
         return {f"{name}_before": value for name, value in before.items()} | after
 
     def samples(self) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from sftjax.evaluate import heldout, rouge_bleu
 from sftjax.evaluate.bootstrap import DRAWS, SHARE
 from sftjax.evaluate.figures import Part, by_tag, changed
 from sftjax.evaluate.loss import perplexity, row_losses
-from sftjax.evaluate.metrics import Sums, all_sums, row_scores
+from sftjax.evaluate.metrics import Sums, row_scores
 from sftjax.generate.chat import ends
 from sftjax.generate.engine import Engine, max_length
 from sftjax.hf.model import load
@@ -97,7 +97,7 @@ def evaluate_run(
             "export it and use --model with --data"
         )
     refuse_another_config(workdir, config)
-    refuse_missing_libraries(options.get("metrics") or parts(config.eval.metrics))
+    heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, mesh)
     start = Base(config)
@@ -138,7 +138,7 @@ def evaluate_model(
     check(config)
     config.data.train, config.data.eval, config.data.split = (data,), None, (1,)
     config.model.path, config.task = model, "pretrain" if config.task == "pretrain" else "sft"
-    refuse_missing_libraries(options.get("metrics") or parts(config.eval.metrics))
+    heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
     m = load(model, adapter=adapter, quantize=quantize)
     sides = [Side("tuned" if base else "model", m.module, m.params)]
     if base:
@@ -265,11 +265,6 @@ def held_out(splits: pipeline.Splits, split: str | None) -> tuple[str, Rows]:
         asked = f"--split={split}: the" if split else "the"
         raise UserError(f"{asked} run holds no such rows out; evaluate an export on a file instead, with --model and --data")
     return name, rows
-
-
-def refuse_missing_libraries(metrics: Sequence[str]) -> None:
-    """Before anything is loaded."""
-    all_sums(metrics, ["a"], ["a"])
 
 
 def refuse_another_config(workdir: Path, config: ConfigDict) -> None:

@@ -37,6 +37,7 @@ from sftjax.train.report import write_report
 from sftjax.train.run import Run
 from sftjax.weights import kinds, select
 
+Answerer = Callable[[Any], list[dict[str, Any]]]  # params -> what metrics.jsonl tells of each prompt
 # changes that leave a checkpoint its shapes and not its meaning: by how much its LoRA counts, and over what
 MEANING = (*(f"config.{key}:" for key in ("lora.alpha", "lora.alpha_pattern", "lora.rslora", "lora.init")), "adapter:")
 
@@ -70,9 +71,19 @@ class Job:
     def forward(self) -> Callable[..., Output]:
         return forward(self.decoder)
 
-    def fit(self, loss: Loss, eval_loss: Loss) -> tuple[Any, Tally]:
-        """Trains, from the newest checkpoint where there is one; `trainable` is used up. Returns (params, tally)."""
+    def fit(self, loss: Loss, eval_loss: Loss, answer: Answerer | None = None) -> tuple[Any, Tally]:
+        """Trains, from the newest checkpoint where there is one; `trainable` is used up. Returns (params, tally).
+
+        `answer` answers a few prompts, every train.generate_every steps.
+        """
         with jax.set_mesh(self.mesh), Progress(self.stream.steps_total, log_every=self.config.train.log_every) as progress:
+
+            def watch(step: int, trainable: Any) -> None:
+                if answer and (answers := answer(tree.join(trainable, self.frozen))):
+                    self.run.note(step, "sample", {"answers": answers})
+                    asked, said = (one_line(answers[0][part]) for part in ("prompt", "text"))
+                    progress.say(f"step {step}: asked {asked!r} it says {said!r}")
+
             state, tally, self.steady = loop.fit(
                 self.run,
                 self.with_scaled_rate(),
@@ -86,6 +97,7 @@ class Job:
                 mesh=self.mesh,
                 progress=progress,
                 flops_per_token=self.flops_per_token(),
+                watch=watch,
             )
         self.skipped = int(state.skipped)
         self.steps = int(state.step)
@@ -199,6 +211,11 @@ class Job:
         self.say(f"training {trained:,} of {total:,} parameters ({share(trained, total)})")
         if self.base.new_tokens:
             self.say(f"new tokens {' '.join(self.base.new_tokens)}: their rows start as the mean, and train")
+
+
+def one_line(text: str, most: int = 60) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else f"{flat[: most - 4]} ..."
 
 
 def share(part: int, whole: int) -> str:

@@ -25,6 +25,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     params, tally = job.fit(
         loss=masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss),
         eval_loss=masked_xent(job.forward),
+        answer=answers.now,
     )
     answers.after(params)
     return job.finish(tally, answers.summary(), answers.samples())

@@ -46,10 +46,12 @@ def fit(
     mesh: Mesh,
     progress: Progress,
     flops_per_token: float = 0.0,
+    watch: Callable[[int, Any], None] | None = None,
 ) -> tuple[State, Tally, float]:
     """Trains from the newest checkpoint, or from the start, to the stream's last step.
 
-    `trainable` is given away: its memory becomes the state's. Returns the state, the tally and the steady tokens a second.
+    `trainable` is given away: its memory becomes the state's. `watch` is shown what trains, with the step, every
+    train.generate_every steps. Returns the state, the tally and the steady tokens a second.
     Raises Stopped where a signal asked for it, and UserError.
     """
     c, total = config.train, stream.steps_total
@@ -104,6 +106,10 @@ def fit(
                 meter.read(step - 1)
             evaluates = step == total or due(step, eval_every)
             saves = step == total or due(step, save_every) or bool(asked)
+            watches = due(step, c.generate_every)
+            if watches and watch:
+                meter.read(step)
+                watch(step, state.trainable)
             if evaluates:
                 meter.read(step)
                 saves |= tally.evaluated(step, evaluate(state.trainable, eval_batches()))
@@ -112,7 +118,7 @@ def fit(
             if saves:
                 meter.read(step)
                 checkpoints.save(step, state, dataclasses.asdict(tally), best=int(tally.best["step"]) if tally.best else None)
-            if evaluates or saves:
+            if evaluates or saves or watches:
                 meter.start()
             if asked and step < total:
                 checkpoints.wait()

@@ -50,7 +50,9 @@ FREE = {
     "train.save_every",
     "train.keep",
     "train.tensorboard",
+    "train.generate_every",
     "train.max_bad_steps",
+    "eval.metrics",
     "data.workers",
     "data.cache_dir",
     "data.on_bad_row",  # the rows kept are in the data's hash

@@ -3,6 +3,7 @@
     W/config.json  manifest.json  summary.json  report.html  samples.jsonl  rejected.jsonl
     W/metrics.jsonl  {"step": 20, "kind": "train", "loss": 1.31, "lr": 0.0002, "grad_norm": 0.4, "tokens_per_s": 8123.0}
                      {"step": 20, "kind": "eval", "loss": 1.42}
+                     {"step": 20, "kind": "sample", "answers": [{"prompt", "expected", "text", "stopped", "exact"}]}
     W/tensorboard/   W/checkpoints/
 
 A JSON file is whole or absent: written beside its place, synced, renamed. A line of metrics is in the kernel's hands when
@@ -80,6 +81,13 @@ class Run:
                 if self.events is None:
                     self.events = tensorboard.Writer(self.workdir / "tensorboard", self.purge_step)
                 self.events.scalars(int(step), {f"{kind}/{name}": float(value) for name, value in values.items()})
+
+    def note(self, step: int, kind: str, fields: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl that holds more than numbers; TensorBoard is not told. Raises as `log`."""
+        if self.writer:
+            with full_disk(self.workdir):
+                line = clean({"step": int(step), "kind": kind, **fields})[0]
+                self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
 
     def resume_from(self, step: int) -> None:
         """Forgets every metric after `step`, and a last line cut short; -1 forgets all. Atomic: killed here, call it again."""

@@ -1,15 +1,18 @@
 """Held-out rows answered before and after training: which are asked, and when the answers from before still hold."""
 
 import json
+import signal
 
 import pytest
 import toy as worlds
 
 from sftjax import tasks, tree
+from sftjax.config import UserError
 from sftjax.evaluate import heldout
 from sftjax.generate.engine import Engine
 from sftjax.tasks.answers import FILE, Answers
 from sftjax.tasks.job import Job
+from sftjax.train import loop
 from sftjax.weights.kinds import LowRank
 
 SHORT = {"train.steps": 2, "train.eval_every": 0, "eval.generate": 4, "eval.max_new_tokens": 4}
@@ -80,7 +83,8 @@ def test_a_bfloat16_model_answers_with_its_adapter_beside_the_base(toy, tmp_path
     asked = []
     monkeypatch.setattr(heldout, "answers", lambda engine, *_, **__: asked.append(engine.params) or [])
     job = Job(toy.config(**SHORT, **{"model.dtype": "bfloat16"}), tmp_path / "run")
-    Answers(job).answer(tree.join(job.trainable, job.frozen))
+    answers = Answers(job)
+    answers.answer(tree.join(job.trainable, job.frozen), answers.questions)
     assert isinstance(asked[0]["layers"]["attn"]["q"]["kernel"], LowRank)
 
 
@@ -88,3 +92,62 @@ def test_several_devices_answer_as_one_does(toy, tmp_path):
     for name, mesh in (("one", {"mesh.data": 1}), ("many", {"mesh.data": 4, "mesh.fsdp": 2})):
         tasks.train(toy.config(**SHORT | {"train.steps": 1, "train.batch_size": 8} | mesh), tmp_path / name)
     assert [s["base"] for s in samples(tmp_path / "one")] == [s["base"] for s in samples(tmp_path / "many")]
+
+
+def watched(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["answers"] for line in lines if line["kind"] == "sample"}
+
+
+def test_answers_during_training_change_nothing_of_it(toy, tmp_path, monkeypatch):
+    """The same losses and last answers as without; one compiled step; the answers are the model's of that moment."""
+    compiled = []
+    make = loop.make_step
+    monkeypatch.setattr(loop, "make_step", lambda *a, **o: traced(make(*a, **o), compiled))
+    keys = SHORT | {"train.steps": 4, "train.log_every": 1}
+    plain = tasks.train(toy.config(**keys), tmp_path / "plain")
+    told = tasks.train(toy.config(**keys | {"train.generate_every": 2}), tmp_path / "watched")
+    assert len(compiled) == 2  # once a run
+    assert samples(tmp_path / "plain") == samples(tmp_path / "watched")
+    assert told["eval_loss"] == plain["eval_loss"] and told["test_loss"] == plain["test_loss"]
+    now = watched(tmp_path / "watched")
+    assert [*now] == [2, 4] and watched(tmp_path / "plain") == {}
+    last = [{name: s[name] for name in ("prompt", "expected")} | {"text": s["tuned"]} for s in samples(tmp_path / "watched")]
+    assert [{name: a[name] for name in ("prompt", "expected", "text")} for a in now[4]] == last
+    page = (tmp_path / "watched" / "report.html").read_text()
+    assert "Answers while it trained" in page and "Answers while it trained" not in (tmp_path / "plain/report.html").read_text()
+
+
+def traced(step, calls):
+    """`step`, which notes each time that it is traced."""
+
+    def noting(*args):
+        calls.append(1)
+        return step(*args)
+
+    return noting
+
+
+def test_answers_during_training_are_forgotten_and_given_again_by_a_resume(toy, tmp_path):
+    """Stopped after step 4, with a checkpoint of step 3: what was said at step 4 is said once."""
+    keys = {"train.steps": 6, "train.save_every": 3, "train.eval_every": 0, "train.generate_every": 1, "eval.max_new_tokens": 4}
+    code, log = worlds.live(toy.argv(tmp_path / "run", keys), tmp_path / "log", "at_step", 5, signal.SIGKILL)
+    assert code == -signal.SIGKILL, log
+    before = watched(tmp_path / "run")
+    tasks.train(toy.config(**keys), tmp_path / "run")
+    after = watched(tmp_path / "run")
+    assert [*before] == [1, 2, 3, 4] and [*after] == [1, 2, 3, 4, 5, 6]
+    assert {step: after[step] for step in before} == before
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    tasks.train(toy.config(**keys), tmp_path / "whole")
+    assert watched(tmp_path / "whole") == after
+
+
+def test_the_metrics_that_are_asked_for_are_in_the_summary(toy, tmp_path):
+    summary = tasks.train(toy.config(**SHORT | {"eval.metrics": ("chrf", "contains")}), tmp_path / "run")
+    for name in ("exact_match", "chrf", "contains", "repeated", "overlong"):
+        assert {name, f"{name}_before"} <= {*summary}
+    assert "token_f1" not in summary
+    with pytest.raises(UserError, match=r"--config.eval.metrics=bluu: no such metric.*did you mean bleu\?"):
+        tasks.train(toy.config(**SHORT | {"eval.metrics": "bluu"}), tmp_path / "other")
