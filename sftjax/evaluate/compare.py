@@ -350,8 +350,8 @@ def show_all(result: Mapping[str, Any], asked: Sequence[Asked], rows: Sequence[R
             console.print(f"{cell['model']} with {cell['prompt']}: {what}", soft_wrap=True)
     differ = result["disagreements"]["rows"]
     if most > 0:
-        some = f"{len(differ):,} of {many(len(rows), 'row')}" if differ else "No row"
-        console.print(f"\n{some} {'is' if len(differ) < 2 else 'are'} scored differently by some; the first:")
+        some = f"{len(differ):,} of {many(len(rows), 'row')} {'is' if len(differ) == 1 else 'are'} scored differently by some"
+        console.print(f"\n{some if differ else 'No row is scored differently by any'}; the first:")
     for i in (differ or range(len(rows)))[:most]:
         console.print(f"\n{rows[i].where}  {short(question(asked[0].asks[i]), IN_LINE)}", soft_wrap=True)
         names = [f"{a.contender.name}, {a.variant.name}" for a in asked]

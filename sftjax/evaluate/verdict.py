@@ -16,6 +16,7 @@ import numpy as np
 from sftjax.evaluate.bootstrap import interval, resampled
 from sftjax.evaluate.metrics import Sums, total
 
+WORD_FOR_WORD = ("exact_match", "accuracy")
 ROUGH = 30  # rows, of which fewer give intervals that are too narrow
 
 
@@ -85,10 +86,8 @@ def rivals(cells: Sequence[Cell], metric: str) -> tuple[Cell, Cell] | None:
 def verdict(cells: Sequence[Cell], metric: str, n: int) -> list[str]:
     """The sentences. The first model is what the others are held against."""
     if all(cell.figures[metric].value == 0 for cell in cells):
-        return [
-            f"No answer scores above 0 by {metric}: read some of them below before trying other prompts. "
-            "Where they are right but say more, contains or token_f1 fit better."
-        ]
+        hint = " Where they are right but say more, contains or token_f1 fit better." if metric in WORD_FOR_WORD else ""
+        return [f"No answer scores above 0 by {metric}: read some of them before trying other prompts.{hint}"]
     models = list(dict.fromkeys(cell.model for cell in cells))
     tops = [best([cell for cell in cells if cell.model == model], metric) for model in models]
     said = [sentence for model in models if (sentence := of_prompts([c for c in cells if c.model == model], metric, n))]
@@ -98,7 +97,7 @@ def verdict(cells: Sequence[Cell], metric: str, n: int) -> list[str]:
             said = [f"{tops[0]} scores {figure} points of {metric} on {n:,} rows."]
         if figure.value < 1:
             said.append(
-                f"Whether tuning gains more of the {100 * (1 - figure.value):.1f} points that are left: add a tuned model, "
+                f"Whether tuning gains some of the {100 * (1 - figure.value):.1f} points that are left: add a tuned model, "
                 "--model=DIR@ADAPTER."
             )
     else:

@@ -1,8 +1,10 @@
 """Models x prompts over one file: what is asked, kept, counted, shown; and that nothing is paid for twice."""
 
+import gc
 import json
 import shutil
 
+import jax
 import pytest
 from fake_server import failing, said, serving
 
@@ -130,6 +132,22 @@ def test_a_local_model_answers_as_the_engine_does(toy, world):
     assert [line["prompt_tokens"] for line in mine] == [len(p) for p in prompts]
     assert [line["answer_tokens"] for line in mine] == [len(a.ids) for a in alone]
     assert got["verdict"][-2].startswith("So no prompt tried here makes mine as good as oracle")
+
+
+def test_one_model_is_in_memory_at_a_time(toy, world, monkeypatch):
+    other = world / "other"
+    shutil.copytree(toy.base, other)
+    (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + " ")
+    held = []
+
+    def weighed(*args):
+        gc.collect()
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        return open_engine(*args)
+
+    monkeypatch.setattr(contenders, "open_engine", weighed)
+    compare(world, str(toy.base), str(other), f"again={toy.base}", prompts=None, rows=1)
+    assert len(held) == 2 and held[1] <= held[0]  # the third is the first, whose answers are there
 
 
 def test_a_prompt_too_long_for_a_model_is_no_answer(toy, world, monkeypatch):

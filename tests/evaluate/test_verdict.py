@@ -30,7 +30,7 @@ def test_a_difference_is_resampled_as_a_difference():
 def test_an_interval_covers_what_it_should():
     """Of 95% intervals for a mean of 0.3, near 95% hold it."""
     rng = np.random.default_rng(0)
-    held = [cells(a__p=rng.random(200) < 0.3)[0].figures["m"] for _ in range(200)]
+    held = [cells(a__p=rng.random(100) < 0.3)[0].figures["m"] for _ in range(100)]
     assert 0.9 <= np.mean([f.low <= 0.3 <= f.high for f in held]) <= 0.99
 
 
