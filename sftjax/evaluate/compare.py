@@ -71,11 +71,11 @@ def run_compare(
     rows: int | None = None,
     show: int = 5,
     quantize: str | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     key_envs: Sequence[str] = (),
     prices: Sequence[str] = (),
-    timeout: float = 120.0,
-    parallel: int = 4,
+    timeout: float | None = None,
+    parallel: int | None = None,
     options: Options,
 ) -> dict[str, Any]:
     """Asks every model every row through every prompt; prints and writes what came of it, and returns compare.json.
@@ -84,26 +84,29 @@ def run_compare(
     CORPUS of which the first decides. Raises UserError for what is wrong, before the first answer wherever that can be known.
     """
     contenders = parse(models)
-    check_numbers(options, {"--rows": rows, "--parallel": parallel, "--batch-size": batch_size})
-    if not timeout > 0:
-        raise UserError(f"--timeout={timeout:g}: needs seconds, more than 0")
+    counts = {"--rows": rows, "--max-new-tokens": options.max_new_tokens}
+    of_local = {"--quantize": quantize, "--batch-size": batch_size}
+    of_remote = {"--parallel": parallel, "--timeout": timeout}
+    check_numbers(options, counts | of_local | of_remote)
+    check_kinds(contenders, of_local, of_remote)
     variants = read_variants(prompts) if prompts else [Variant(AS_GIVEN)]
     refuse_metrics(metrics, "--metrics")
     key_of, price_of = by_name("--key-env", key_envs, contenders), priced(prices, contenders)
-    if quantize and not any(c.path for c in contenders):
-        raise UserError(f"--quantize={quantize}: is for local models, of which there are none")
     given = read_rows(data, variants, expected=expected, most=rows, seed=options.seed)
     asks = {v.name: ask_all(v, given) for v in variants}
     metrics = metrics or fitting([row.answer for row in given], labels=are_labels(given))
     row_scores(metrics, ["a"], ["a"])  # a library that is missing is told now
-    opened = [Local(c, quantize, batch_size) if c.path else Remote(c, key_of.get(c.name), timeout, parallel) for c in contenders]
+    opened = [
+        Local(c, quantize, batch_size or 16) if c.path else Remote(c, key_of.get(c.name), timeout or 120.0, parallel or 4)
+        for c in contenders
+    ]
     for model in opened:
         check_asks(model, list(asks.items()), [row.where for row in given])
     where = open_out(out)
     err = Console(stderr=True)
     requests = len(opened) * len(variants) * len(given)
-    counts = f"{many(len(opened), 'model')} x {many(len(variants), 'prompt')} x {many(len(given), 'row')}"
-    err.print(f"{counts}: {requests:,} answers, by {', '.join(metrics)}", highlight=False)
+    size = f"{many(len(opened), 'model')} x {many(len(variants), 'prompt')} x {many(len(given), 'row')}"
+    err.print(f"{size}: {requests:,} answers, by {', '.join(metrics)}", highlight=False)
     with Kept(where / "answers.jsonl") as kept:
         for model in opened:
             collect(model, asks, kept, options, err)
@@ -127,11 +130,24 @@ def run_compare(
     return result
 
 
-def check_numbers(options: Options, counts: Mapping[str, int | None]) -> None:
-    for name, number in {**counts, "--max-new-tokens": options.max_new_tokens}.items():
-        if number is not None and number < 1:
+def check_numbers(options: Options, given: Mapping[str, Any]) -> None:
+    for name, number in given.items():
+        if name == "--timeout" and number is not None and not number > 0:
+            raise UserError(f"{name}={number:g}: needs seconds, more than 0")
+        if isinstance(number, int) and number < 1:
             raise UserError(f"{name}={number}: needs at least 1")
     choose(temperature=options.temperature, top_p=options.top_p)  # which refuses what no model can sample with
+
+
+def check_kinds(contenders: Sequence[Contender], of_local: Mapping[str, Any], of_remote: Mapping[str, Any]) -> None:
+    """Raises UserError for an option of local models where there are only endpoints, or the other way round."""
+    for options, kind, there in (
+        (of_local, "local models", any(c.path for c in contenders)),
+        (of_remote, "endpoints", any(c.url for c in contenders)),
+    ):
+        for name, value in options.items():
+            if value is not None and not there:
+                raise UserError(f"{name}={value}: is for {kind}, of which there are none")
 
 
 def many(n: int, what: str) -> str:

@@ -265,6 +265,8 @@ MISTAKES = [
     (["--model=http://h/v1#m", "--key-env=n=KEY"], "--key-env=n=KEY: no endpoint is called n; known are m"),
     (["--model=http://h/v1#m", "--quantize=nf4"], "--quantize=nf4: is for local models, of which there are none"),
     (["--model=http://h/v1#m", "--key-env=NOT_SET"], "--key-env=NOT_SET: there is no such variable in the environment"),
+    (["--model=http://h/v1#m", "--batch-size=2"], "--batch-size=2: is for local models, of which there are none"),
+    (["--model=some/model", "--parallel=2"], "--parallel=2: is for endpoints, of which there are none"),
     (["--model=http://h/v1#m", "--rows=0"], "--rows=0: needs at least 1"),
     (["--model=http://h/v1#m", "--temperature=-1"], "temperature=-1.0: "),
     (["--model=http://h/v1#m", "--timeout=0"], "--timeout=0: needs seconds, more than 0"),
