@@ -210,7 +210,7 @@ def compare_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop where this text appears; may be given again")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--quantize", choices=["nf4", "int8"], help="keep local models' kernels in 4 or 8 bits")
-    p.add_argument("--batch-size", type=int, default=16, help="of local models")
+    p.add_argument("--batch-size", type=int, help="of local models (default 16)")
     p.add_argument(
         "--key-env",
         action="append",
@@ -221,8 +221,8 @@ def compare_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--price", action="append", default=[], metavar="NAME=IN,OUT", help="dollars a million tokens of prompts, of answers"
     )
-    p.add_argument("--parallel", type=int, default=4, help="requests to an endpoint at a time (default 4)")
-    p.add_argument("--timeout", type=float, default=120.0, help="seconds that an endpoint has for an answer (default 120)")
+    p.add_argument("--parallel", type=int, help="requests to an endpoint at a time (default 4)")
+    p.add_argument("--timeout", type=float, help="seconds that an endpoint has for an answer (default 120)")
 
 
 def model(p: argparse.ArgumentParser) -> None:
