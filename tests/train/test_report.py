@@ -109,6 +109,78 @@ def test_only_its_own_script_may_run(tmp_path, source):
     assert "default-src 'none'" in source
 
 
+def evaluated(workdir, hostile=""):
+    """A run with samples of two steps, and what an evaluation found."""
+    fake_run(workdir, hostile=hostile)
+
+    def of(value):
+        return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+    def figures(rows):
+        loss = {"rows": rows, "base": of(3.0), "tuned": of(1.0), "difference": of(-2.0)}
+        return {"loss": loss, "bleu": {"rows": rows - 1, "base": of(0.2), "tuned": None, "difference": None}}
+
+    moved = {
+        "where": "f:1" + hostile,
+        "change": -0.5,
+        "prompt": "p" + hostile,
+        "expected": "e",
+        "base": "b",
+        "tuned": "t" + hostile,
+    }
+    found = {
+        "of": {"workdir": "w", "step": 400, "split": "test"},
+        "rows": 9,
+        "answered": 8,
+        "models": ["base", "tuned"],
+        "metrics": ["bleu"],
+        "how": {"bleu": "sacrebleu's of the corpus, tokenizer zh"},
+        "intervals": {"per_cent": 95, "draws": 1000, "seed": 0},
+        "figures": [{"tag": None, "figures": figures(9)}, {"tag": "sums" + hostile, "figures": figures(4)}],
+        "changed": {"better": [], "worse": [moved]},
+    }
+    with Run(workdir) as run:
+        for step, said in ((5, "no"), (10, "no"), (15, "yes")):
+            answer = {
+                "prompt": "p" + hostile,
+                "expected": "yes",
+                "text": said + hostile,
+                "stopped": step > 5,
+                "exact": said == "yes",
+            }
+            run.note(step, "sample", {"answers": [answer]})
+    with Run(workdir / "eval") as place:
+        place.write_json("eval.json", found)
+    return workdir
+
+
+def test_an_evaluation_and_samples_have_their_sections(tmp_path, source):
+    page = Page(report(evaluated(tmp_path)))
+    words = " ".join(page.text.split())
+    for part in (
+        "Step 400, test rows: the loss of 9, the answers of 8.",
+        "loss 3.000 [2.950, 3.050] 1.000 [0.950, 1.050] -2.000 [-2.050, -1.950] better",
+        "BLEU 20.0 [15.0, 25.0] - -",
+        "BLEU: sacrebleu's of the corpus, tokenizer zh",
+        "-50.0 f:1",
+        "Answers while it trained",
+        "step 5 no",  # which did not stop
+        "step 10 no",
+        "step 15 yes",
+    ):
+        assert part in words, part
+    assert "sums 4 20.0" in words and not page.open
+    for heading in ("Evaluation</h2>", "Answers while it trained"):
+        assert heading not in source
+
+
+def test_hostile_text_of_an_evaluation_stays_text(tmp_path):
+    page = Page(report(evaluated(tmp_path, HOSTILE)))
+    for part in ("sums" + HOSTILE, "f:1" + HOSTILE, "t" + HOSTILE, "yes" + HOSTILE):
+        assert part in page.text
+    assert page.tags.count("script") == 1 and "img" not in page.tags and not page.open
+
+
 def preference_run(workdir, task, **more):
     """Five steps of a run whose chosen answers gain, evaluated at both ends."""
     config = default()
