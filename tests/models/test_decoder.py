@@ -30,10 +30,22 @@ SHAPE = {
     "max_position_embeddings": 256,
     "initializer_range": 0.15,
     "tie_word_embeddings": False,
+    "pad_token_id": None,  # some have one beyond this vocabulary
+    "eos_token_id": None,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 20}
+LOCAL = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": 20}
+TURNS = {"rope_type": "default", "rope_theta": 100.0}
+BASES = {
+    "rope_parameters": {"full_attention": TURNS | {"rope_theta": 3000.0}, "sliding_attention": TURNS},
+    "sliding_window_pattern": 2,
+}
+TWO_BASES = {"full_attention": YARN | {"rope_theta": 3000.0}, "sliding_attention": TURNS}
+SCALES = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 2.5}
+NOPE = {"no_rope_layers": [0, 1, 0]}
 
 CASES = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -54,6 +66,30 @@ CASES = {
     "qwen2-layer-types": ("qwen2", MIXED | {"sliding_window": 130, "head_dim": 24, "tie_word_embeddings": True}),
     "qwen3-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
     "qwen3-biases-windows": ("qwen3", MIXED | {"sliding_window": 20, "attention_bias": True}),
+    "gemma-tied-mqa": ("gemma", {"tie_word_embeddings": True, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2-tied": ("gemma2", {"tie_word_embeddings": True, "head_dim": 20, "sliding_window": 20, **CAPS}),
+    "gemma2-biases-no-cap": ("gemma2", LOCAL | {"attention_bias": True, "attn_logit_softcapping": None}),
+    "gemma2-mha-linear": (
+        "gemma2",
+        LOCAL
+        | CAPS
+        | {"num_key_value_heads": 4, "hidden_activation": "gelu", "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "gemma3-tied-two-bases": ("gemma3_text", LOCAL | {"tie_word_embeddings": True, "rope_parameters": TWO_BASES}),
+    "gemma3-capped-mqa": (
+        "gemma3_text",
+        {"sliding_window": 30, "num_key_value_heads": 1, "final_logit_softcapping": 3.0} | BASES,
+    ),
+    "gemma3-biases": ("gemma3_text", {"sliding_window": 130, "attention_bias": True, "head_dim": 20} | BASES),
+    "olmo2": ("olmo2", {"head_dim": 10}),
+    "olmo2-tied-mqa-yarn": ("olmo2", {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_parameters": YARN}),
+    "olmo2-mha-biases": ("olmo2", {"num_key_value_heads": 4, "attention_bias": True, "head_dim": 20}),
+    "granite": ("granite", SCALES),
+    "granite-tied-biases": ("granite", SCALES | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "granite-mqa-llama3": ("granite", {"num_key_value_heads": 1, "attention_multiplier": 0.1, "rope_parameters": LLAMA3}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "head_dim": 20}),
+    "smollm3-tied-windows": ("smollm3", NOPE | {"use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True}),
+    "smollm3-biases-yarn": ("smollm3", NOPE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
 }
 T = 160
 ROWS = [[160], [100], [-70, 90], [70, 41, 49]]  # full, right-padded, left-padded, packed
@@ -65,7 +101,9 @@ def transformers_model(family, changes):
 
     torch.manual_seed(0)
     changes = dict(changes)
-    scaling = {"rope_theta": 10_000.0} | changes.pop("rope_parameters", {"rope_type": "default"})
+    scaling = changes.pop("rope_parameters", {"rope_type": "default"})
+    if not any(isinstance(value, dict) for value in scaling.values()):
+        scaling = {"rope_theta": 10_000.0} | scaling
     hf_config = transformers.CONFIG_MAPPING[family](**SHAPE | changes, rope_parameters=scaling)
     model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():

@@ -17,13 +17,16 @@ OWN = {
     "llama": {"tie_word_embeddings": True, "attention_bias": True},
     "mistral": {"sliding_window": 16},
     "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 12},
+    "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "smollm3": {"no_rope_layer_interval": 2},
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request, tmp_path_factory):
-    return worlds.make_base(tmp_path_factory.mktemp(request.param) / "base", request.param, **OWN[request.param])
+    return worlds.make_base(tmp_path_factory.mktemp(request.param) / "base", request.param, **OWN.get(request.param, {}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sftjax.config import UserError
 from sftjax.models.config import DecoderConfig
-from sftjax.models.families import llama, mistral, qwen2, qwen3
+from sftjax.models.families import gemma, gemma2, gemma3, granite, llama, mistral, olmo2, qwen2, qwen3, smollm3
 from sftjax.models.families.common import Family, Name
 
 __all__ = ["FAMILIES", "Family", "Name", "config_from_hf", "family_of"]
@@ -16,6 +16,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "granite": granite.FAMILY,
+    "smollm3": smollm3.FAMILY,
 }
 
 

@@ -5,7 +5,8 @@ A key that changes the computation is either read or refused by name; nothing is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
 }
+
+LAYER_TYPES = FULL, SLIDING = "full_attention", "sliding_attention"
 
 # where checkpoints call a module otherwise than users do; the second {} is the expert
 CHECKPOINT = {f"mlp/experts/{kernel}": f"mlp.experts.{{}}.{kernel}_proj" for kernel in ("gate", "up", "down")}
@@ -81,8 +84,13 @@ class Family:
         return names(config, self.modules)
 
 
-def base(raw: dict[str, Any], *, max_positions: int, kv_heads: int | None = None, head_dim: int | None = None) -> DecoderConfig:
-    """What every family reads alike. The keywords are the family's defaults for keys that a file may leave out."""
+def base(
+    raw: dict[str, Any], *, max_positions: int, kv_heads: int | None = None, head_dim: int | None = None, act: str = "hidden_act"
+) -> DecoderConfig:
+    """What every family reads alike: the keywords are its defaults for keys that a file may leave out, and the activation's key.
+
+    Other defaults of a family's own stand in front of the file: `base({"tie_word_embeddings": True} | raw, ...)`.
+    """
     width, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
     if "num_key_value_heads" not in raw:
         kv_heads = kv_heads or heads
@@ -93,9 +101,9 @@ def base(raw: dict[str, Any], *, max_positions: int, kv_heads: int | None = None
     head_dim = size(raw, "head_dim", head_dim or width // heads)
     if head_dim % 2:
         raise UserError(f"head_dim={head_dim} is odd; rotary embeddings turn pairs of dimensions")
-    activation = raw.get("hidden_act") or "silu"
+    activation = raw.get(act) or "silu"
     if activation not in ACTIVATIONS:
-        raise UserError(f"hidden_act={activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+        raise UserError(f"{act}={activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     if raw.get("attention_dropout"):
         raise UserError(f"attention_dropout={raw['attention_dropout']} is not supported; set it to 0.0")
     positions = size(raw, "max_position_embeddings", max_positions)
@@ -109,32 +117,39 @@ def base(raw: dict[str, Any], *, max_positions: int, kv_heads: int | None = None
         head_dim=head_dim,
         max_positions=positions,
         tied=flag(raw, "tie_word_embeddings"),
-        rope=rope(raw, positions),
+        rope=rope(raw, positions, head_dim),
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         activation=ACTIVATIONS[activation],
         init_std=float(raw.get("initializer_range", 0.02)),
     )
 
 
-def layer_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
-    """Qwen's windows: those layers that `layer_types` names, else those from `max_window_layers` on."""
+def layer_types(raw: dict[str, Any], otherwise: Sequence[str]) -> Sequence[str]:
+    """`layer_types`, one of LAYER_TYPES for each layer; `otherwise` is what they are where the file is silent."""
     layers = size(raw, "num_hidden_layers")
-    width = window(raw) if flag(raw, "use_sliding_window") else None
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        first = int(raw.get("max_window_layers", 28))
-        kinds = ["sliding_attention" if width and i >= first else "full_attention" for i in range(layers)]
+    kinds = raw.get("layer_types") or otherwise
     if len(kinds) != layers:
         raise UserError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}")
-    if strange := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
-        raise UserError(
-            f"layer_types holds {strange[0]!r}, which is not supported; supported are full_attention, sliding_attention"
-        )
-    if "sliding_attention" not in kinds:
+    if strange := sorted(set(kinds) - {*LAYER_TYPES}):
+        raise UserError(f"layer_types holds {strange[0]!r}, which is not supported; supported are {', '.join(LAYER_TYPES)}")
+    return kinds
+
+
+def windows(kinds: Sequence[str], width: int | None, keys: str = "sliding_window does") -> tuple[int | None, ...]:
+    """A window for each layer of kind sliding_attention; `keys` are those that set none where `width` is None."""
+    if SLIDING not in kinds:
         return ()
     if width is None:
-        raise UserError("layer_types asks for sliding_attention, but use_sliding_window and sliding_window do not give a window")
-    return tuple(width if kind == "sliding_attention" else None for kind in kinds)
+        raise UserError(f"layer_types asks for sliding_attention, but {keys} not give a window")
+    return tuple(width if kind == SLIDING else None for kind in kinds)
+
+
+def layer_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
+    """Qwen's windows: those layers that `layer_types` names, else those from `max_window_layers` on."""
+    width = window(raw) if flag(raw, "use_sliding_window") else None
+    first = int(raw.get("max_window_layers", 28))
+    kinds = [SLIDING if width and i >= first else FULL for i in range(size(raw, "num_hidden_layers"))]
+    return windows(layer_types(raw, kinds), width, "use_sliding_window and sliding_window do")
 
 
 def window(raw: dict[str, Any]) -> int | None:
@@ -152,6 +167,14 @@ def size(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{key}={value!r} is not a positive whole number")
     return value
+
+
+def positive(raw: dict[str, Any], key: str, default: float) -> float:
+    """A number above 0; null or absent is the default."""
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{key}={value!r} is not a positive number")
+    return float(value)
 
 
 def flag(raw: dict[str, Any], key: str) -> bool:
