@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sftjax import tree
@@ -48,6 +49,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     devices = 1 if set(sizes.values()) == {1} else jax.device_count()
+    sizes = axis_sizes(sizes, devices, "devices here")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices])
+
+
+def axis_sizes(sizes: Mapping[str, int], devices: int, called: str) -> dict[str, int]:
+    """The sizes with -1, the rest, filled in for so many devices. Raises UserError where they do not multiply out."""
+    sizes = dict(sizes)
     free = [name for name, n in sizes.items() if n == -1]
     known = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1:
@@ -56,8 +64,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         sizes[free[0]] = devices // known
     if math.prod(sizes.values()) != devices:
         shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
-        raise UserError(f"mesh: {shown} does not make the {devices} devices here; set one of --config.mesh.* to -1")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices])
+        raise UserError(f"mesh: {shown} does not make the {devices} {called}; set one of --config.mesh.* to -1")
+    return sizes
 
 
 def mesh_in_use() -> Any | None:
@@ -79,12 +87,12 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     raise KeyError(f"no sharding rule for {path}")
 
 
-def shardings(params: Any, mesh: Mesh) -> Any:
+def shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array of `params` (arrays or ShapeDtypeStructs), inside kinds of weight too."""
     return tree.map_leaves(lambda path, x: _leaf(path, x, logical_axes(path, len(x.shape)), mesh), params)
 
 
-def _leaf(name: str, value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Any:
+def _leaf(name: str, value: Any, axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> Any:
     if value is None:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -101,6 +109,6 @@ def _leaf(name: str, value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> An
     return NamedSharding(mesh, spec)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of every [B, T] array of a batch."""
     return NamedSharding(mesh, P(BATCH, None))
