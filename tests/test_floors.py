@@ -26,7 +26,7 @@ FLOORS = {
     "generate": 4,
     "evaluate": 4,
     "tasks": 5,
-    "plan.py": 5,
+    "plan": 5,
     "serve": 5,
     "cli.py": 6,
 }

@@ -1,0 +1,74 @@
+"""How long a step takes: the slowest of three, by the makers' peaks, over the share of them that a real program reaches.
+
+    seconds = max(FLOPs / peak, bytes of products / memory's rate, bytes exchanged / link's rate) / efficiency
+
+FLOPs and bytes are counted from the step's jaxpr (`flops.py`). arXiv:1603.06934 is the roofline's use for a whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from sftjax.plan.chips import DCN, Topology
+from sftjax.plan.flops import Work
+from sftjax.plan.memory import Estimator
+
+EFFICIENCY = 0.5  # an assumption; what a run reaches it prints as MFU
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step at the peaks, and `seconds` at `efficiency` of the slowest."""
+
+    compute: float
+    memory: float
+    network: float
+    efficiency: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.network) / self.efficiency
+
+    @property
+    def bound(self) -> str:
+        return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
+
+
+def step_time(work: Work, on: Estimator, topology: Topology, efficiency: float = EFFICIENCY) -> StepTime | None:
+    """None where a chip's rates are not known (a CPU)."""
+    chip, n = topology.chip, topology.devices
+    if not chip.flops or not chip.bandwidth:
+        return None
+    state = 2 * (on.trained + on.optimiser) + on.trained  # read and written once a step, the gradients read
+    network = exchanged(on) / (chip.link / 2)  # a link's figure counts both directions
+    if topology.slices > 1:
+        network += 2 * on.trained * (topology.slices - 1) / topology.slices / DCN
+    return StepTime(work.flops / n / chip.flops, (work.traffic / n + state) / chip.bandwidth, network, efficiency)
+
+
+def exchanged(on: Estimator) -> float:
+    """Bytes that one chip takes in a step.
+
+    fsdp     every micro-batch gathers all weights twice (forward, backward) and scatters the sums of the gradients
+    data     the gradients are summed once more, in a ring: 2 (n - 1) / n of them
+    tensor   the residual stream is summed after attention and after the MLP, forward and backward
+    """
+    job, sizes = on.job, on.sizes
+
+    def others(axis: str) -> float:
+        return (sizes[axis] - 1) / sizes[axis]
+
+    width = jnp.dtype(job.decoder.dtype).itemsize
+    weights = (on.frozen + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
+    total = job.micro_batches * others("fsdp") * (2 * weights + on.trained * sizes["fsdp"])
+    total += 2 * others("data") * on.trained
+    stream = on.rows * job.micro_batches * job.length * job.decoder.config.width * width
+    return total + 2 * others("tensor") * 4 * job.decoder.config.layers * stream
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """data=1 x fsdp=16, the axes of 1 left out."""
+    return " x ".join(f"{name}={n}" for name, n in sizes.items() if n > 1) or "one device"

@@ -1,0 +1,210 @@
+"""A run's own training step over shapes: what a `Job` holds, without an array, a tokenizer or a device.
+
+The weights are those that the config's method would make of the checkpoint (its config.json is all that is read), the loss is
+the task's, the optimiser and the step are the run's. What is planned is therefore what would run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sftjax import sharding, tree
+from sftjax.config import UserError, parts
+from sftjax.data.batch import Batch
+from sftjax.hf.load import load_config, read_json, resolve
+from sftjax.hf.model import compute_dtype
+from sftjax.hf.peft_read import load_adapter, saved_modules
+from sftjax.losses import Loss, kto, masked_xent, neftune
+from sftjax.losses.preference import WITHOUT_REFERENCE
+from sftjax.models.config import DecoderConfig
+from sftjax.models.decoder import Decoder, forward, init
+from sftjax.tasks import dpo
+from sftjax.tasks.reference import reference
+from sftjax.train import optim
+from sftjax.train.step import State, init_state, make_step
+from sftjax.weights import method
+from sftjax.weights.lora import rates
+
+STEPS = 1000  # of the schedule: they change no shape
+
+
+@dataclass
+class Dry:
+    """A job of shapes. `rows` and `length` are those of a whole batch, [rows, length]; `platform` is what it is compiled for."""
+
+    config: ConfigDict
+    source_config: DecoderConfig
+    dtype: Any  # of the checkpoint
+    length: int
+    platform: str = "tpu"
+    directory: Path = Path()
+
+    def __post_init__(self) -> None:
+        c = self.config
+        adapter = resolve(c.model.adapter, needs="adapter_config.json") if c.model.adapter else None
+        modules = saved_modules(adapter) if adapter else c.lora.modules_to_save
+        # what a reference and the checks of a job ask of it
+        self.base: Any = SimpleNamespace(modules=modules, source_config=self.source_config, directory=self.directory)
+        self.params, self.mask = weights(c, self.source_config, self.dtype, adapter, modules)
+        self.trainable, self.frozen = tree.split(self.params, self.mask)
+        lower = self.source_config.layers - c.freeze.last_n_layers if c.freeze.last_n_layers else 0
+        with compiling_for(self.platform):
+            dtype = compute_dtype(c.model.dtype)
+        self.decoder = Decoder(self.source_config, dtype, c.model.scan, c.model.remat, lower)
+        self.loss = LOSSES[c.task](self)
+        rate = optim.schedule(c.optim, STEPS)
+        self.optimizer = optim.optimizer(c.optim, rate, rates(self.trainable, c.lora.lr_ratio))
+        self.state: State = jax.eval_shape(lambda t: init_state(t, self.optimizer), self.trainable)
+
+    @property
+    def rows(self) -> int:
+        return self.config.train.batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        return self.rows // (self.config.train.micro_batch or self.rows)
+
+    @cached_property
+    def forward(self) -> Callable[..., Any]:
+        return forward(self.decoder)
+
+    @cached_property
+    def step(self) -> Callable[..., Any]:
+        c = self.config
+        return make_step(self.loss, self.optimizer, seed=c.seed, micro_batches=self.micro_batches, clip=c.optim.clip)
+
+    @cached_property
+    def batch(self) -> Batch:
+        shape = (self.rows, self.length)
+        return Batch(*(jax.ShapeDtypeStruct(shape, t) for t in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def open_dry(config: ConfigDict, length: int | None = None, platform: str = "tpu") -> Dry:
+    """The job of a config whose `model.path` may be a directory with nothing but a config.json. Raises UserError."""
+    if not config.model.path:
+        raise UserError("model.path is empty; give a Hugging Face directory or hub id, e.g. --config.model.path=Qwen/Qwen3-0.6B")
+    directory = resolve(config.model.path, config.model.revision)
+    return Dry(config, load_config(directory), checkpoint_dtype(directory), length or config.data.max_length, platform, directory)
+
+
+def checkpoint_dtype(directory: Path) -> Any:
+    """The dtype that a config.json says its weights have; float32 where it says nothing, as transformers takes it."""
+    raw = read_json(directory / "config.json")
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{directory / 'config.json'}: dtype={name!r} is none that can be read")
+    return jnp.dtype(name)
+
+
+def weights(c: ConfigDict, shape: DecoderConfig, dtype: Any, adapter: Path | None = None, modules: Any = ()) -> tuple[Any, Any]:
+    """(params, mask) as a run has them, of shapes: the checkpoint with the method applied, what trains in float32."""
+    ids = tuple(range(len(parts(c.tokens.train))))  # which tokens they are changes no shape
+
+    def checkpoint() -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), init(shape, jax.random.key(0)))
+
+    quantisers = method.quantiser(jax.eval_shape(checkpoint), c, modules)
+
+    def build() -> Any:
+        loaded = tree.map_leaves(lambda path, w: quantisers[path](w) if path in quantisers else w, checkpoint())
+        return method.apply(load_adapter(loaded, adapter) if adapter else loaded, c, modules, ids)
+
+    params = jax.eval_shape(build)
+    mask = method.mask(params, c, modules)
+    masters = jax.tree.map(lambda x, trains: jax.ShapeDtypeStruct(x.shape, jnp.float32 if trains else x.dtype), params, mask)
+    return masters, mask
+
+
+def _tokens(job: Dry) -> Loss:
+    c = job.config.loss
+    noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
+    return masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss)
+
+
+def _reference(job: Dry) -> Callable[[Any], Any]:
+    """The task's own, whose copies become shapes like the rest."""
+    out: list[Any] = []
+
+    def keep(trainable: Any, frozen: Any) -> tuple[Any, Any]:
+        job.trainable, job.frozen = trainable, frozen
+        out.append(reference(job))  # type: ignore[arg-type]  # all that it asks of a Job, a Dry has
+        return job.trainable, job.frozen
+
+    job.trainable, job.frozen = jax.eval_shape(keep, job.trainable, job.frozen)
+    return out[0]
+
+
+LOSSES: dict[str, Callable[[Dry], Loss]] = {
+    "sft": _tokens,
+    "classify": _tokens,
+    "pretrain": _tokens,
+    "dpo": lambda job: dpo.composer(job.config)(
+        job.forward, reference=None if job.config.dpo.loss in WITHOUT_REFERENCE else _reference(job)
+    ),
+    "kto": lambda job: kto(job.forward, reference=_reference(job), **job.config.kto),
+}
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Whoever asks jax what it runs on is told what the step is compiled for."""
+    asked = jax.default_backend
+    jax.default_backend = lambda: platform
+    try:
+        yield
+    finally:
+        jax.default_backend = asked
+
+
+def mesh_sizes(c: ConfigDict, devices: int) -> dict[str, int]:
+    """{axis: size} of the config's mesh over so many chips. Raises UserError."""
+    return sharding.axis_sizes(dict(c.mesh), devices, "chips")
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def placed(job: Dry, mesh: Mesh | AbstractMesh) -> tuple[State, Any, Batch]:
+    """The step's arguments with the shardings that a run gives them."""
+    whole = NamedSharding(mesh, P())
+
+    def put(x: Any, where: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    everywhere = sharding.shardings(tree.join(job.trainable, job.frozen), mesh)
+
+    def homes_of(part: Any) -> Any:
+        return jax.tree.map(lambda x, home: None if x is None else home, part, everywhere, is_leaf=lambda x: x is None)
+
+    homes = homes_of(job.trainable)
+    by_path = {
+        jax.tree_util.keystr(path): (x.shape, home)
+        for (path, x), home in zip(jax.tree_util.tree_leaves_with_path(job.trainable), jax.tree.leaves(homes))
+    }
+
+    def like_its_weight(path: Any, x: Any) -> Any:
+        """The loop's rule: a moment lies where its weight lies, whose path ends its own."""
+        name = jax.tree_util.keystr(path)
+        return put(x, next((home for end, (shape, home) in by_path.items() if name.endswith(end) and shape == x.shape), whole))
+
+    opt_state = jax.tree_util.tree_map_with_path(like_its_weight, job.state.opt_state)
+    scalars = {name: put(getattr(job.state, name), whole) for name in ("step", "bad", "skipped")}
+    state = State(trainable=jax.tree.map(put, job.trainable, homes), opt_state=opt_state, **scalars)
+    frozen = jax.tree.map(put, job.frozen, homes_of(job.frozen))
+    return state, frozen, jax.tree.map(lambda x: put(x, sharding.batch_sharding(mesh)), job.batch)
