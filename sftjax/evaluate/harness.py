@@ -321,6 +321,6 @@ def run(arguments: Sequence[str]) -> None:
         cli_evaluate()
     except (ValueError, OSError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)
-        if frame.f_globals["__name__"].startswith("lm_eval"):  # the harness' word on a task or an option
+        if frame.f_globals["__name__"].startswith(("lm_eval", "datasets")):  # their word on a task, its file or an option
             raise UserError(str(e)) from e
         raise
