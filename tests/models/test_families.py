@@ -1,15 +1,16 @@
 """A config.json is read whole or refused by name, in the spelling of transformers 4 and of 5."""
 
 import random
+from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING
 
 from sftjax.config import UserError
-from sftjax.models.config import Rope
+from sftjax.models.config import DecoderConfig, Experts, Rope
 from sftjax.models.families import FAMILIES, config_from_hf
+from sftjax.models.families.common import ACTIVATIONS
 
-CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 SHAPE = {
     "vocab_size": 64,
     "hidden_size": 48,
@@ -18,6 +19,53 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+
+# what a family is whatever its file says
+NORMS = {"norm_offset": True}
+FIXED = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "head"},
+    "gemma": NORMS,
+    "gemma2": NORMS | {"post_norms": True},
+    "gemma3_text": NORMS | {"post_norms": True, "qk_norm": "head"},
+    "olmo2": {"qk_norm": "all", "pre_norms": False, "post_norms": True},
+    "phi3": {"fused_qkv": True, "fused_mlp": True},
+    "qwen3_moe": {"qk_norm": "head"},
+}
+# every key that changes the computation; a family draws those that its class has
+DRAWN = {
+    "vocab_size": range(10, 99),
+    "num_key_value_heads": (1, 2),
+    "head_dim": (4, 8, 16),
+    "num_hidden_layers": (1, 2, 3, 4),
+    "max_position_embeddings": (64, 4096),
+    "tie_word_embeddings": (True, False),
+    "rms_norm_eps": (1e-5, 1e-6),
+    "hidden_act": ("silu", "gelu_pytorch_tanh"),
+    "hidden_activation": ("gelu", "gelu_pytorch_tanh"),
+    "attention_bias": (True, False),
+    "mlp_bias": (True, False),
+    "qkv_bias": (True, False),
+    "sliding_window": (5, 8),
+    "use_sliding_window": (True, False),
+    "max_window_layers": (0, 1, 2, 3),
+    "no_rope_layer_interval": (1, 2, 3),
+    "query_pre_attn_scalar": (16, 24),
+    "attn_logit_softcapping": (None, 50.0),
+    "final_logit_softcapping": (None, 30.0),
+    "embedding_multiplier": (1, 12.0),
+    "attention_multiplier": (0.125, 0.5),
+    "residual_multiplier": (0.22, 1.0),
+    "logits_scaling": (8, 1.0),
+    "num_experts": (4, 6),
+    "num_local_experts": (4, 6),
+    "num_experts_per_tok": (1, 4),
+    "norm_topk_prob": (True, False),
+    "moe_intermediate_size": (8, 12),
+    "shared_expert_intermediate_size": (8, 20),
+}
+REFUSED_KEYS = {"gemma3_text": ["attn_logit_softcapping"], "phi3": ["attention_bias"], "qwen2_moe": ["attention_bias"]}
 
 
 def raw(model_type="llama", **changes):
@@ -26,28 +74,74 @@ def raw(model_type="llama", **changes):
 
 def random_config(rng, family):
     """What transformers itself writes for a random choice of every key that matters."""
+    default = CONFIG_MAPPING[family]()
+    drawn = {key: rng.choice(choices) for key, choices in DRAWN.items() if hasattr(default, key)}
+    for key in REFUSED_KEYS.get(family, ()):
+        drawn.pop(key, None)
     heads = rng.choice([2, 4, 6])
-    changes = {
-        "vocab_size": rng.randint(10, 99),
-        "hidden_size": heads * rng.choice([8, 12]),
-        "num_attention_heads": heads,
-        "num_key_value_heads": rng.choice([1, 2, heads]),
-        "head_dim": rng.choice([4, 8, 16]),
-        "num_hidden_layers": rng.randint(1, 4),
-        "max_position_embeddings": rng.choice([64, 4096]),
-        "tie_word_embeddings": rng.random() < 0.5,
-        "rms_norm_eps": rng.choice([1e-5, 1e-6]),
-        "rope_theta": rng.choice([1e4, 1e6]),
+    drawn |= {"hidden_size": heads * rng.choice([8, 12]), "num_attention_heads": heads}
+    theta = rng.choice([1e4, 1e6])
+    if family == "gemma3_text":
+        drawn["rope_parameters"] = {"full_attention": turning(theta), "sliding_attention": turning(100.0)}
+    else:
+        drawn["rope_parameters"] = turning(theta)
+    return CONFIG_MAPPING[family](architectures=[FAMILIES[family].architecture], **drawn, **TOKENS)
+
+
+def turning(theta):
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def meant(family, theirs):
+    """The DecoderConfig of a config of transformers, by its attributes."""
+
+    def get(key, default=None):
+        return getattr(theirs, key, default)
+
+    layers, bias = theirs.num_hidden_layers, get("attention_bias", False)
+    kinds = get("layer_types") or ["sliding_attention"] * layers
+    given = theirs.rope_parameters
+    by_kind = {
+        kind: Rope(p["rope_theta"], p["rope_type"], p.get("factor", 1.0)) for kind, p in given.items() if isinstance(p, dict)
     }
-    if family in ("llama", "qwen3"):
-        changes["attention_bias"] = rng.random() < 0.5
-    if family == "llama":
-        changes["mlp_bias"] = rng.random() < 0.5
-    if family == "mistral":
-        changes["sliding_window"] = rng.choice([None, 8])
-    if family in ("qwen2", "qwen3"):
-        changes |= {"use_sliding_window": rng.random() < 0.5, "sliding_window": 8, "max_window_layers": rng.randint(0, 3)}
-    return CLASSES[family](architectures=[FAMILIES[family].architecture], **changes)
+    plain = None if by_kind else Rope(given["rope_theta"], given["rope_type"], given.get("factor", 1.0))
+    turned = [by_kind.get(kind, plain) for kind in kinds]
+    scale, width = get("query_pre_attn_scalar"), theirs.hidden_size
+    experts = None
+    if number := get("num_experts") or get("num_local_experts"):
+        inner, shared = get("moe_intermediate_size", theirs.intermediate_size), get("shared_expert_intermediate_size", 0)
+        experts = Experts(number, theirs.num_experts_per_tok, inner, get("norm_topk_prob", True), shared)
+    return DecoderConfig(
+        vocab=theirs.vocab_size,
+        width=width,
+        mlp_width=theirs.intermediate_size,
+        layers=layers,
+        heads=theirs.num_attention_heads,
+        kv_heads=theirs.num_key_value_heads,
+        head_dim=get("head_dim") or width // theirs.num_attention_heads,
+        max_positions=theirs.max_position_embeddings,
+        tied=theirs.tie_word_embeddings,
+        windows=tuple(get("sliding_window") if kind == "sliding_attention" else None for kind in kinds),
+        ropes=tuple(rope if turns else None for rope, turns in zip(turned, get("no_rope_layers", [1] * layers))),
+        attn_scale=get("attention_multiplier", scale and scale**-0.5),
+        attn_softcap=get("attn_logit_softcapping"),
+        logit_softcap=get("final_logit_softcapping"),
+        norm_eps=theirs.rms_norm_eps,
+        embed_scale=width**0.5 if "gemma" in family else get("embedding_multiplier", 1.0),
+        residual_scale=get("residual_multiplier", 1.0),
+        logit_scale=1 / get("logits_scaling", 1.0),
+        activation=ACTIVATIONS[get("hidden_activation") or theirs.hidden_act],
+        mlp_bias=get("mlp_bias", False),
+        experts=experts,
+        init_std=theirs.initializer_range,
+        **{"qkv_bias": get("qkv_bias", bias), "o_bias": bias} | FIXED.get(family, {}),
+    )
+
+
+def spelled_out(config):
+    """With a window and a rotary embedding for every layer, and nothing that no layer reads."""
+    every = (None,) * config.layers
+    return replace(config, rope=Rope(), ropes=config.ropes or (config.rope,) * config.layers, windows=config.windows or every)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,38 +149,40 @@ def test_what_transformers_writes_is_read_as_transformers_reads_it(family):
     rng = random.Random(family)
     for _ in range(40):
         theirs = random_config(rng, family)
-        ours = config_from_hf(theirs.to_dict())
-        assert (ours.vocab, ours.width, ours.mlp_width) == (theirs.vocab_size, theirs.hidden_size, theirs.intermediate_size)
-        assert (ours.layers, ours.heads, ours.kv_heads) == (
-            theirs.num_hidden_layers,
-            theirs.num_attention_heads,
-            theirs.num_key_value_heads,
-        )
-        assert (ours.head_dim, ours.tied) == (theirs.head_dim, theirs.tie_word_embeddings)
-        assert (ours.norm_eps, ours.max_positions) == (theirs.rms_norm_eps, theirs.max_position_embeddings)
-        assert ours.rope == Rope(theirs.rope_parameters["rope_theta"])
-        assert ours.qk_norm == ("head" if family == "qwen3" else None)
-        bias = getattr(theirs, "attention_bias", False)
-        assert (ours.qkv_bias, ours.o_bias) == (bias or family == "qwen2", bias)
-        assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
-        kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * ours.layers
-        windows = tuple(getattr(theirs, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds)
-        assert (ours.windows or (None,) * ours.layers) == windows
+        assert spelled_out(config_from_hf(theirs.to_dict())) == meant(family, theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_those_of_transformers(family):
     sparse = raw(family, hidden_size=64, num_attention_heads=32)
     del sparse["num_key_value_heads"]
-    theirs, ours = CLASSES[family](**sparse), config_from_hf(sparse)
-    assert ours.kv_heads == theirs.num_key_value_heads
-    assert ours.max_positions == theirs.max_position_embeddings
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.tied == theirs.tie_word_embeddings and ours.norm_eps == theirs.rms_norm_eps
-    if family == "qwen3":
-        assert ours.head_dim == theirs.head_dim == 128
-    if family == "mistral":
-        assert ours.windows == (theirs.sliding_window,) * 3
+    assert spelled_out(config_from_hf(sparse)) == meant(family, CONFIG_MAPPING[family](**sparse, **TOKENS))
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+FOUR = [
+    ("gemma", {"hidden_act": "gelu", "rope_theta": 500.0, "head_dim": 8}),
+    ("gemma2", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 500.0, "rope_scaling": None}),
+    ("gemma3_text", {"rope_theta": 500.0, "rope_local_base_freq": 70.0, "rope_scaling": LINEAR, "sliding_window_pattern": 2}),
+    ("gemma3_text", {"rope_scaling": LINEAR, "sliding_window": 7, "num_hidden_layers": 13}),
+    ("olmo2", {"rope_theta": 500.0, "rope_scaling": LINEAR}),
+    ("granite", {"rope_theta": 500.0, "rope_scaling": LINEAR, "num_key_value_heads": None}),
+    ("smollm3", {"rope_theta": 500.0, "no_rope_layers": [1, 0, 1, 1, 1], "use_sliding_window": True, "sliding_window": 7}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+    ("phi3", {"rope_theta": 500.0, "sliding_window": 2047, "rope_scaling": None, "original_max_position_embeddings": 64}),
+    ("mixtral", {"rope_theta": 500.0, "sliding_window": None, "num_local_experts": 3}),
+    ("qwen2_moe", {"rope_theta": 500.0, "use_sliding_window": True, "max_window_layers": 2, "mlp_only_layers": []}),
+    ("qwen3_moe", {"rope_theta": 500.0, "num_experts": 9, "head_dim": 16, "max_window_layers": 48, "sliding_window": None}),
+]
+
+
+@pytest.mark.parametrize("family, changes", FOUR)
+def test_the_spelling_of_transformers_4_is_read_as_transformers_5_reads_it(family, changes):
+    given = raw(family, **changes)
+    theirs = CONFIG_MAPPING[family].from_dict(
+        {key: value.copy() if isinstance(value, dict) else value for key, value in given.items()}
+    )
+    assert spelled_out(config_from_hf(given)) == meant(family, theirs)
 
 
 ROPES = [
@@ -133,8 +229,22 @@ def test_layer_types_choose_the_windows():
     assert config.windows == (8, None, 8)
 
 
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_longrope_by_all_its_names(name):
+    """arXiv:2402.13753: the square root of 1 + ln(factor) / ln(original)."""
+    own = {"original_max_position_embeddings": 32, "max_position_embeddings": 128}
+    rope = config_from_hf(raw("phi3", rope_scaling=LONG | {"type": name}, **own)).rope
+    assert (rope.kind, rope.factor, rope.original_max_positions) == ("longrope", 4.0, 32)
+    assert rope.attention_factor == pytest.approx(1.4**0.5) and rope.short_factor[5] == 1.5 and rope.long_factor[5] == 6.0
+    part = raw("phi3", rope_parameters=LONG | {"partial_rotary_factor": 0.5, "short_factor": [1, 1, 1], "long_factor": [1, 2, 3]})
+    assert config_from_hf(part).rope.partial == 0.5
+
+
 REFUSED = [
-    ({"model_type": "gpt2"}, "model_type='gpt2'.*supported are llama, mistral, qwen2, qwen3"),
+    ({"model_type": "gpt2"}, f"model_type='gpt2' is not supported; supported are {', '.join(FAMILIES)}"),
     ({"model_type": None}, "model_type=None"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*needs LlamaForCausalLM"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
@@ -147,7 +257,7 @@ REFUSED = [
     ({"attention_bias": "yes"}, "attention_bias='yes'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling.rope_type='longrope'"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling.short_factor needs 6 positive numbers"),
     ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_scaling.rope_type='mrope'"),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor='2'"),
@@ -161,6 +271,36 @@ REFUSED = [
     ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types has 1 entries"),
     ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "linear_attention"),
     ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
+    ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+    ({"model_type": "phi3", "lm_head_bias": True}, "lm_head_bias"),
+    ({"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [1.0]}}, "rope_scaling.short_factor needs 6 positive numbers"),
+    ({"model_type": "phi3", "partial_rotary_factor": 0.6}, "partial_rotary_factor=0.6 turns 7 of 12"),
+    ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than the 8 experts"),
+    ({"model_type": "qwen2_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2.*all layers must have experts"),
+    ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers=.0..*all layers must have experts"),
+    ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention=True.*gemma"),
+    ({"model_type": "gemma2", "hidden_activation": "relu"}, "hidden_activation='relu'"),
+    ({"model_type": "gemma2", "sliding_window": None}, "sliding_window does not give a window"),
+    ({"model_type": "gemma2", "attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 is not a positive number"),
+    ({"model_type": "gemma2", "query_pre_attn_scalar": "8"}, "query_pre_attn_scalar='8'"),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0.*gemma3_text"),
+    ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type is not supported"),
+    ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+    (
+        {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "mrope"}}},
+        "rope_parameters.sliding_attention.rope_type='mrope'",
+    ),
+    ({"model_type": "gemma3_text", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (
+        {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+        "rope_parameters.full_attention.partial_rotary_factor=0.5",
+    ),
+    ({"model_type": "olmo2", "layer_types": ["full_attention"] * 3}, "layer_types.*olmo2"),
+    ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling=0"),
+    ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for num_hidden_layers=3"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+    ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
 ]
 
 

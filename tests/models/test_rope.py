@@ -53,7 +53,9 @@ def test_cos_and_sin_equal_transformers(kind):
         c = LlamaConfig(head_dim=head_dim, max_position_embeddings=128, rope_parameters=dict(given))
         positions = np.arange(T, dtype=np.int32)[None]
         theirs = LlamaRotaryEmbedding(c)(torch.zeros(1), torch.from_numpy(positions))
-        ours = angles(positions, np.ones_like(positions), head_dim, 128, families_rope.rope({"rope_parameters": given}, 128, head_dim))
+        ours = angles(
+            positions, np.ones_like(positions), head_dim, 128, families_rope.rope({"rope_parameters": given}, 128, head_dim)
+        )
         for a, b in zip(ours, theirs):
             np.testing.assert_allclose(a, b.numpy(), atol=5e-5, err_msg=f"{given} head_dim={head_dim} T={T}")
 

@@ -85,9 +85,16 @@ class Family:
 
 
 def base(
-    raw: dict[str, Any], *, max_positions: int, kv_heads: int | None = None, head_dim: int | None = None, act: str = "hidden_act"
+    raw: dict[str, Any],
+    *,
+    max_positions: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    act: str = "hidden_act",
+    partial: bool = False,
 ) -> DecoderConfig:
-    """What every family reads alike: the keywords are its defaults for keys that a file may leave out, and the activation's key.
+    """What every family reads alike: the keywords are its defaults for keys that a file may leave out, `act` the key of the
+    activation, `partial` whether heads may turn in part.
 
     Other defaults of a family's own stand in front of the file: `base({"tie_word_embeddings": True} | raw, ...)`.
     """
@@ -107,6 +114,9 @@ def base(
     if raw.get("attention_dropout"):
         raise UserError(f"attention_dropout={raw['attention_dropout']} is not supported; set it to 0.0")
     positions = size(raw, "max_position_embeddings", max_positions)
+    turning = rope(raw, positions, head_dim)
+    if turning.partial != 1.0 and not partial:
+        raise UserError(f"partial_rotary_factor={turning.partial} is not supported for model_type {raw['model_type']!r}")
     return DecoderConfig(
         vocab=size(raw, "vocab_size"),
         width=width,
@@ -117,7 +127,7 @@ def base(
         head_dim=head_dim,
         max_positions=positions,
         tied=flag(raw, "tie_word_embeddings"),
-        rope=rope(raw, positions, head_dim),
+        rope=turning,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         activation=ACTIVATIONS[activation],
         init_std=float(raw.get("initializer_range", 0.02)),

@@ -49,6 +49,8 @@ def ropes(raw: dict[str, Any], max_positions: int, head_dim: int, thetas: dict[s
         where = "rope_scaling" if scaling and not found else f"rope_parameters.{kind}"
         given = (nested.get(kind) or {}) | (scaling or {} if not found else {})
         found[kind] = parameters({"rope_theta": raw.get(key) or theta}, given, where, max_positions, head_dim)
+        if found[kind].partial != 1.0:
+            raise UserError(f"{where}.partial_rotary_factor={found[kind].partial} is not supported; all of a head must turn")
     return found
 
 
