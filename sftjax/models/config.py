@@ -33,7 +33,6 @@ class Experts:
     width: int  # F of one expert
     normalise: bool = True  # the chosen experts' probabilities are made to sum to 1
     shared: int = 0  # F of an expert that every token has, weighed by a sigmoid of its own; 0 = none
-    balance: float = 0.0  # the checkpoint's own weight of the load-balancing loss
 
 
 @dataclass(frozen=True)

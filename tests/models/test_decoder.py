@@ -47,6 +47,14 @@ TWO_BASES = {"full_attention": YARN | {"rope_theta": 3000.0}, "sliding_attention
 SCALES = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 2.5}
 NOPE = {"no_rope_layers": [0, 1, 0]}
 
+def long(n):
+    """longrope that tells every one of n frequencies from the others."""
+    return {"rope_type": "longrope", "short_factor": [1 + 0.1 * i for i in range(n)], "long_factor": [2.0 + i for i in range(n)]}
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28}
+
+
 CASES = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-tied-mqa-linear": (
@@ -89,6 +97,34 @@ CASES = {
     "granite-mqa-llama3": ("granite", {"num_key_value_heads": 1, "attention_multiplier": 0.1, "rope_parameters": LLAMA3}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "head_dim": 20}),
     "smollm3-tied-windows": ("smollm3", NOPE | {"use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True}),
+    "phi3-window": ("phi3", {"sliding_window": 20, "head_dim": 10, "tie_word_embeddings": True}),
+    "phi3-longrope": ("phi3", {"rope_parameters": long(5), "original_max_position_embeddings": 64, "head_dim": 10}),
+    "phi3-longrope-partial": (
+        "phi3",
+        {"rope_parameters": long(8) | {"partial_rotary_factor": 0.8, "attention_factor": 1.2}, "head_dim": 20}
+        | {"original_max_position_embeddings": 96, "num_key_value_heads": 1, "num_attention_heads": 2},
+    ),
+    "mixtral-window": ("mixtral", MOE | {"sliding_window": 20, "num_local_experts": 5, "head_dim": 10}),
+    "mixtral-one-of-three-tied": (
+        "mixtral",
+        MOE | {"num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "mixtral-gelu-all": ("mixtral", MOE | {"num_local_experts": 4, "num_experts_per_tok": 4, "hidden_act": "gelu"}),
+    "qwen2_moe-windows": (
+        "qwen2_moe",
+        MOE | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2, "num_experts": 6, "head_dim": 20},
+    ),
+    "qwen2_moe-normed-tied": ("qwen2_moe", MOE | {"norm_topk_prob": True, "qkv_bias": False, "num_experts": 8}),
+    "qwen2_moe-one": ("qwen2_moe", MOE | {"num_experts": 7, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "qwen3_moe-biases": (
+        "qwen3_moe",
+        MOE | {"attention_bias": True, "norm_topk_prob": True, "head_dim": 20, "num_experts": 8},
+    ),
+    "qwen3_moe-window-tied": (
+        "qwen3_moe",
+        MOE | {"use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True, "num_experts": 5},
+    ),
+    "qwen3_moe-mha": ("qwen3_moe", MOE | {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 5}),
     "smollm3-biases-yarn": ("smollm3", NOPE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
 }
 T = 160

@@ -273,7 +273,10 @@ REFUSED = [
     ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
     ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop=0.1"),
     ({"model_type": "phi3", "lm_head_bias": True}, "lm_head_bias"),
-    ({"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [1.0]}}, "rope_scaling.short_factor needs 6 positive numbers"),
+    (
+        {"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [1.0]}},
+        "rope_scaling.short_factor needs 6 positive numbers",
+    ),
     ({"model_type": "phi3", "partial_rotary_factor": 0.6}, "partial_rotary_factor=0.6 turns 7 of 12"),
     ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than the 8 experts"),

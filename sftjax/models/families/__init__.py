@@ -6,7 +6,22 @@ from typing import Any
 
 from sftjax.config import UserError
 from sftjax.models.config import DecoderConfig
-from sftjax.models.families import gemma, gemma2, gemma3, granite, llama, mistral, olmo2, qwen2, qwen3, smollm3
+from sftjax.models.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from sftjax.models.families.common import Family, Name
 
 __all__ = ["FAMILIES", "Family", "Name", "config_from_hf", "family_of"]
@@ -22,6 +37,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": olmo2.FAMILY,
     "granite": granite.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "phi3": phi3.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
 
 
