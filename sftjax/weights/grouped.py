@@ -8,6 +8,7 @@ expert, every shape is fixed, no row is dropped, and what is added is less than 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,12 +17,14 @@ import jax.numpy as jnp
 from jax import Array
 
 MOST = 128  # rows of a block
+FEW = 64  # rows that are multiplied one by one where each is a block
 
 
 class Groups(NamedTuple):
     """Where rows stand. `n` choices are made, n = M tokens times the experts of each."""
 
     expert: Array  # [R / m]: whose each block is
+    used: Array  # [], how many blocks have rows: the first ones
     sizes: Array  # [E]: rows of each expert, whole blocks
     source: Array  # [R]: the choice that stands in a row, n where none does
     place: Array  # [n]: the row of each choice
@@ -48,7 +51,7 @@ def group(choices: Array, experts: int) -> Groups:
     place = jnp.zeros(n, jnp.int32).at[order].set(starts[sorted_choices] * m + rank)
     source = jnp.full(blocks * m, n, jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32))
     expert = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), experts - 1)
-    return Groups(expert, jnp.bincount(expert, length=experts) * m, source, place)
+    return Groups(expert, ends[-1], jnp.bincount(expert, length=experts) * m, source, place)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,16 +83,10 @@ collect.defvjp(lambda y, groups: (collect(y, groups), groups), _collect_bwd)
 
 @jax.custom_vjp
 def product(x: Array, w: Array, groups: Groups) -> Array:
-    """x [R, in], w [E, in, out] -> [R, out]."""
-    if jax.default_backend() != "cpu":
-        return jax.lax.ragged_dot(x, w, groups.sizes)
-
-    def block(xs: tuple[Array, Array]) -> Array:
-        rows, expert = xs
-        return rows @ w[expert]
-
-    # there XLA has ragged_dot multiply every row with every expert
-    return jax.lax.map(block, (_blocks(x, groups), groups.expert)).reshape(x.shape[0], -1)
+    """x [R, in], w [E, in, out] -> [R, out], in x's dtype."""
+    if ragged(groups):
+        return jax.lax.ragged_dot(x, w.astype(x.dtype), groups.sizes)
+    return by_block(x, groups, lambda expert: w[expert].astype(x.dtype))
 
 
 def _product_fwd(x, w, groups):
@@ -98,20 +95,49 @@ def _product_fwd(x, w, groups):
 
 def _product_bwd(residuals, dy):
     x, w, groups = residuals
-    dx = product(dy, jnp.swapaxes(w, -1, -2), groups)
-    if jax.default_backend() != "cpu":
-        _, pull = jax.vjp(lambda w: jax.lax.ragged_dot(x, w, groups.sizes), w)
-        return dx, *pull(dy), None
+    if ragged(groups):
+        _, pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), groups.sizes), x, w)
+        return *pull(dy), None
+    dx = by_block(dy, groups, lambda expert: w[expert].astype(dy.dtype).T)
+    rows, cotangents = _blocks(x, groups), _blocks(dy, groups)
 
-    def block(dw: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        rows, cotangents, expert = xs
-        return dw.at[expert].add((rows.T @ cotangents).astype(dw.dtype)), None
+    def add(i: Array, dw: Array) -> Array:
+        return dw.at[groups.expert[i]].add(jnp.matmul(rows[i].T, cotangents[i], preferred_element_type=dw.dtype))
 
-    return dx, jax.lax.scan(block, jnp.zeros_like(w), (_blocks(x, groups), _blocks(dy, groups), groups.expert))[0], None
-
-
-def _blocks(x: Array, groups: Groups) -> Array:
-    return x.reshape(groups.expert.shape[0], -1, x.shape[-1])
+    # float32: a sum over many blocks
+    return dx, jax.lax.fori_loop(0, groups.used, add, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype), None
 
 
 product.defvjp(_product_fwd, _product_bwd)
+
+
+def ragged(groups: Groups) -> bool:
+    """Is it left to `jax.lax.ragged_dot`? A TPU has a kernel for it.
+
+    Elsewhere XLA multiplies every row with every expert, through an array [R, E * in]: on a CPU always, on an NVIDIA GPU up to
+    jaxlib 0.10 at least (measured in marin-community/marin#7012; by cuDNN after openxla/xla#42313). JAX's own Triton lowering
+    is behind jax_ragged_dot_use_gpu_pallas_triton_lowering, and is in no wheel (jax-ml/jax#40888).
+    """
+    return jax.default_backend() == "tpu" and not few(groups)
+
+
+def few(groups: Groups) -> bool:
+    """Is it decoding, where tokens have few experts between them and only theirs should be read?"""
+    return len(groups.expert) == len(groups.source) <= FEW
+
+
+def by_block(x: Array, groups: Groups, matrix: Callable[[Array], Array]) -> Array:
+    """x [R, in] -> [R, out]: each block times matrix(its expert) [in, out]."""
+    blocks = _blocks(x, groups)
+    if few(groups):  # what a loop reads is a whole array: within the one over layers, a copy of all of a layer's experts
+        return jnp.concatenate([rows @ matrix(expert) for rows, expert in zip(blocks, groups.expert)])
+
+    def put(i: Array, y: Array) -> Array:
+        return y.at[i].set(blocks[i] @ matrix(groups.expert[i]))
+
+    out = jax.eval_shape(matrix, groups.expert[0]).shape[-1]
+    return jax.lax.fori_loop(0, groups.used, put, jnp.zeros((*blocks.shape[:2], out), x.dtype)).reshape(-1, out)
+
+
+def _blocks(x: Array, groups: Groups) -> Array:
+    return x.reshape(len(groups.expert), -1, x.shape[-1])

@@ -170,7 +170,7 @@ def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None 
         case Quantised():
             return _frozen_product(x, w, groups)
         case _ if groups is not None:
-            return grouped.product(x, w.astype(x.dtype), groups)
+            return grouped.product(x, w, groups)
         case _:
             return _product(x, w.astype(x.dtype))
 
@@ -298,8 +298,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 @jax.custom_vjp
 def _frozen_product(x: Array, w: Quantised, groups: Groups | None) -> Array:
     """x @ w. Only the few bits are kept for the backward pass: it dequantises again, so no wide copy outlives its product."""
-    wide = _after(x, w).dequantise(x.dtype)
-    return x @ wide if groups is None else grouped.product(x, wide, groups)
+    return _dequantised_product(x, w, groups)
 
 
 def _frozen_fwd(x, w, groups):
@@ -308,11 +307,24 @@ def _frozen_fwd(x, w, groups):
 
 def _frozen_bwd(residuals, dy):
     w, groups = residuals
-    wide = jnp.swapaxes(_after(dy, w).dequantise(dy.dtype), -1, -2)
-    return dy @ wide if groups is None else grouped.product(dy, wide, groups), None, None
+    return _dequantised_product(dy, w, groups, transposed=True), None, None
 
 
 _frozen_product.defvjp(_frozen_fwd, _frozen_bwd)
+
+
+def _dequantised_product(x: Array, w: Quantised, groups: Groups | None, transposed: bool = False) -> Array:
+    """x @ w or x @ w.T; where a loop goes over experts, no more than one of them is wide at a time."""
+
+    def wide(w: Quantised) -> Array:
+        dense = _after(x, w).dequantise(x.dtype)
+        return jnp.swapaxes(dense, -1, -2) if transposed else dense
+
+    if groups is None:
+        return x @ wide(w)
+    if grouped.ragged(groups):
+        return grouped.product(x, wide(w), groups)
+    return grouped.by_block(x, groups, lambda expert: wide(jax.tree.map(lambda part: part[expert], w)))
 
 
 def _after(x: Array, w: Weight) -> Weight:
