@@ -36,8 +36,9 @@ def name_of(figure: str) -> str:
 def number(figure: str, value: float, *, sign: bool = False) -> str:
     """1.235 of a loss, 3.44 of a perplexity, 12.3 of a length, 41.7 of a share of 0.417."""
     digits, scale = {"loss": (3, 1), "perplexity": (2, 1), "mean_length": (1, 1)}.get(figure, (1, 100))
-    digits = 0 if figure == "perplexity" and abs(value) >= 1000 else digits
     text = f"{scale * value:,.{digits}f}"
+    if figure == "perplexity" and abs(value) >= 1000:
+        text = f"{value:.1e}" if abs(value) >= 1e5 else f"{value:,.0f}"
     text = text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
     return f"+{text}" if sign and not text.startswith("-") else text
 
@@ -83,31 +84,29 @@ def figures_table(figures: Mapping[str, Any], models: Sequence[str]) -> Table:
     for name, of in figures.items():
         cells = [around(name, of[model]) if len(models) == 2 else told(name, of[model]) for model in models]
         if len(models) == 2:
-            word = verdict(name, of["difference"])
-            cells += [told(name, of["difference"], sign=True), f"[{LOOKS[word]}]{word}[/]" if word in LOOKS else word]
+            cells += [told(name, of["difference"], sign=True), marked(verdict(name, of["difference"]))]
         table.add_row(name_of(name), *cells)
     return table
 
 
 def tags_table(tables: Sequence[Mapping[str, Any]], metrics: Sequence[str], models: Sequence[str]) -> Table:
-    """A row a tag: its first metric, and its loss."""
-    names = [name for name in (*metrics[:1], "loss") if name in tables[0]["figures"]]
+    """A row a tag: its first metric, or its loss where nothing was answered."""
+    name = metrics[0] if metrics else "loss"
     table = Table(box=None, pad_edge=False)
-    table.add_column("by tag")
-    table.add_column("rows", justify="right")
-    last = "difference" if len(models) == 2 else models[0]
-    for name in names:
-        for column in (*models, *(["difference"] if len(models) == 2 else [])):
-            table.add_column(f"{name_of(name)}\n{column}", justify="right", no_wrap=True)
+    table.add_column(f"{name_of(name)} by tag", overflow="fold")
+    for column in ("rows", *models, *(["difference", ""] if len(models) == 2 else [])):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for one in tables:
-        cells = []
-        for name in names:
-            of = one["figures"].get(name)
-            cells += [number(name, of[m]["value"]) if of and of[m] else "-" for m in models if m != last]
-            cells.append(told(name, of[last], sign=len(models) == 2) if of else "-")
-        rows = max((of["rows"] for of in one["figures"].values()), default=0)
-        table.add_row("all" if one["tag"] is None else escape(one["tag"]), f"{rows:,}", *cells)
+        if of := one["figures"].get(name):
+            cells = [f"{of['rows']:,}", *(around(name, of[m]) if len(models) == 2 else told(name, of[m]) for m in models)]
+            if len(models) == 2:
+                cells += [told(name, of["difference"], sign=True), marked(verdict(name, of["difference"]))]
+            table.add_row("all" if one["tag"] is None else escape(one["tag"]), *cells)
     return table
+
+
+def marked(word: str) -> str:
+    return f"[{LOOKS[word]}]{word}[/]" if word in LOOKS else word
 
 
 def line(text: str, most: int = 160) -> str:
