@@ -137,6 +137,48 @@ def test_a_run_and_adapters_without_one_are_not_mixed(mistake, tmp_path, argv, s
 
 
 @pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--workdir=w", "--data=d"], "--workdir is for a run and --data for a model without one; give only one of them"),
+        (
+            ["--model=m", "--data=d", "--split=test"],
+            "--split is for a run and --model for a model without one; give only one of them",
+        ),
+        (["--model=m"], "--model needs --data=FILE, the rows that it is measured on"),
+        (["--workdir=w", "--rows=-1"], "--rows=-1: needs at least 0"),
+        (["--workdir=w"], "--workdir=w: no config.json there, so it is no run's directory"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told(mistake, argv, sentence):
+    assert mistake("eval", *argv) == sentence
+
+
+def test_a_run_and_its_data_are_evaluated(toy, sftjax, mistake, tmp_path):
+    run = tmp_path / "run"
+    keys = ["--config.train.steps=2", "--config.train.eval_every=0", "--config.eval.max_new_tokens=4"]
+    assert sftjax("train", f"--config={toy.config_file}", f"--workdir={run}", *keys)[0] == 0
+    code, said, err = sftjax("eval", f"--workdir={run}", "--rows=3", "--metrics=exact_match,chrf")
+    assert (code, err) == (0, "")
+    assert "base: answering 3 of 7 rows" in said and "chrF: sacrebleu's of the corpus, chrF2" in said
+    assert said.splitlines()[-2:] == [
+        f"report: {run}/report.html",
+        f"next: sftjax export --workdir={run} --checkpoint=2 --to=hf --out=DIR",
+    ]
+    told = mistake("eval", f"--workdir={run}", "--config.seed=1")
+    assert told.splitlines()[1:] == [
+        "  config.seed: 0 -> 1",
+        "leave --config out, the run keeps its own; --config.eval.KEY=VALUE changes how it is evaluated",
+    ]
+    keys = [f"--data={toy.data}", "--rows=2", "--max-new-tokens=3", "--config.data.max_length=64"]
+    code, said, err = sftjax("eval", f"--model={toy.base}", *keys)
+    assert (code, err) == (0, "") and "72 rows read, 72 kept" in said
+    assert said.splitlines()[-2:] == [
+        "nothing was written; --out=DIR keeps every answer",
+        f"next: sftjax chat --model={toy.base}",
+    ]
+
+
+@pytest.mark.parametrize(
     "to, quantize, adapter, command",
     [
         ("hf", "nf4", None, "sftjax chat --model=OUT"),
