@@ -111,12 +111,16 @@ def measure(lowered: Any) -> tuple[Compiled, Any]:
     import jax
 
     began = time.perf_counter()
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # a compile-only client cannot read one
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if found := re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(e)):
             raise TooLarge(bytes_of(found[1], found[2]), bytes_of(found[3], found[4])) from e
         raise
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     m = compiled.memory_analysis()
     return (
         Compiled(

@@ -22,7 +22,7 @@ from jax.extend.core import Var
 from sftjax import sharding, tree
 from sftjax.data.batch import Batch
 from sftjax.losses.tokens import BLOCK
-from sftjax.models.decoder import REMAT, Decoder, forward, group_count
+from sftjax.models.decoder import REMAT, Decoder, forward
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, placed
 from sftjax.weights.quantize import Quantised
 
@@ -75,6 +75,8 @@ def kept(job: Dry, remat: str) -> Kept:
     token = split = constant = 0.0
     for x in found.values():
         nbytes = x.size * x.dtype.itemsize
+        if x.memory_space == jax.memory.Space.Host:  # offloaded
+            continue
         if x.size in weights:  # a kernel cast to the compute dtype
             constant += nbytes
         else:
@@ -129,8 +131,6 @@ class Estimator:
         width = jnp.dtype(job.decoder.dtype).itemsize
         hidden = 3 * tokens * c.width * width  # after the last layer: itself, normed, its gradient
         layer = ALIVE * max(whole - keeps, 0) / (c.layers - job.decoder.lower) + 2 * tokens * c.width * width + self.wide
-        if remat == "groups":  # while one group's backward pass runs, the inputs of its layers are there too
-            layer += self.kept("full").bytes(tokens, tensor) / group_count(c.layers)
         block = max(BLOCK, self.job.rows / job.micro_batches * c.vocab) / self.shards / tensor
         logits = LOGITS * 4 * min(block, rows * job.length * c.vocab)
         parts = {**self.parameters, "optimiser": self.optimiser}

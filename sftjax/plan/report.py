@@ -22,7 +22,7 @@ from sftjax.plan.flops import Work, count
 from sftjax.plan.memory import POLICIES, Estimator
 from sftjax.plan.speed import EFFICIENCY, sizes_text, step_time
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry
-from sftjax.tasks.job import check_batch, check_length
+from sftjax.tasks.job import check_batch, check_length, check_routers
 from sftjax.train.progress import compact, duration, model_flops_per_token
 from sftjax.weights import kinds
 
@@ -67,6 +67,7 @@ def plan(
     rows = read_rows(config)
     job = open_dry(config, rows.length, platform(where.chip) if where else "tpu")
     check_length(config, job.base)
+    check_routers(config, job.base)
     on = estimator(job, where)
     with compiling_for(job.platform):
         work = count(job.step, job.state, job.frozen, job.batch)

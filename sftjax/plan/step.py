@@ -133,7 +133,7 @@ def weights(c: ConfigDict, shape: DecoderConfig, dtype: Any, adapter: Path | Non
 def _tokens(job: Dry) -> Loss:
     c = job.config.loss
     noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
-    return masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss)
+    return masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance)
 
 
 def _reference(job: Dry) -> Callable[[Any], Any]:
