@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sftjax.config import default as default_config
     from sftjax.config import load as load_config
     from sftjax.data.preview import preview
+    from sftjax.evaluate.sequences import classify, rewards
     from sftjax.hf.model import Model, load
     from sftjax.tasks.export import export
     from sftjax.weights.lora import lora, merge
@@ -39,6 +40,8 @@ WHERE = {
     "preview": ("sftjax.data.preview", "preview"),
     "Model": ("sftjax.hf.model", "Model"),
     "load": ("sftjax.hf.model", "load"),
+    "classify": ("sftjax.evaluate.sequences", "classify"),
+    "rewards": ("sftjax.evaluate.sequences", "rewards"),
     "export": ("sftjax.tasks.export", "export"),
     "lora": ("sftjax.weights.lora", "lora"),
     "merge": ("sftjax.weights.lora", "merge"),
@@ -48,6 +51,7 @@ WHERE = {
 __all__ = [
     "Model",
     "UserError",
+    "classify",
     "default_config",
     "export",
     "load",
@@ -57,6 +61,7 @@ __all__ = [
     "merge",
     "preview",
     "quantize",
+    "rewards",
     "train",
 ]
 

@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 from sftjax.config import NAMED_FREELY, UserError, default, flatten, parts, shares
 
 CHOICES = {
-    "task": ("sft", "pretrain", "classify", "dpo", "kto"),
+    "task": ("sft", "pretrain", "classify", "reward", "dpo", "kto"),
+    "classify.by": ("label", "head"),
+    "reward.loss": ("bradley_terry", "plackett_luce"),
     "model.dtype": (None, "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full", "groups"),
     "model.quantize": (None, "nf4", "int8"),
@@ -45,6 +47,8 @@ AT_LEAST = {
     "loss.neftune_alpha": 0,
     "dpo.sft_weight": 0,
     "dpo.ld_alpha": 0,
+    "reward.margin": 0,
+    "reward.centring": 0,
     "kto.desirable_weight": 0,
     "kto.undesirable_weight": 0,
     "optim.lr": 0,
@@ -80,8 +84,9 @@ OWN: dict[type, tuple[Callable[[Any], bool], str]] = {
 }
 
 GIVEN = "given"  # any value but none
+GENERATED = ("eval.generate", "eval.metrics", "train.generate_every")
 LORA, FREEZE, ADAPTER = (tuple(f"{method}.{name}" for name in default()[method]) for method in ("lora", "freeze", "adapter"))
-DPO, KTO = (tuple(f"{task}.{name}" for name in default()[task]) for task in ("dpo", "kto"))
+DPO, KTO, CLASSIFY, REWARD = (tuple(f"{t}.{name}" for name in default()[t]) for t in ("dpo", "kto", "classify", "reward"))
 # keys, and the settings of others with which they would be accepted and ignored
 USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("model.adapter",), {"method": ("full", "freeze")}),
@@ -93,11 +98,17 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (ADAPTER, {"method": ("lora", "full", "freeze", "tokens")}),
     (ADAPTER, {"model.adapter": GIVEN}),
     (("loss.neftune_alpha", "data.loss_on", "data.template"), {"task": ("pretrain",)}),
-    (("loss.neftune_alpha", "loss.label_smoothing", "loss.z_loss"), {"task": ("dpo", "kto")}),
-    (("eval.generate", "eval.metrics", "train.generate_every"), {"task": ("pretrain", "dpo", "kto")}),
-    (("data.label_prompt",), {"task": ("dpo", "kto")}),
-    (DPO, {"task": ("sft", "pretrain", "classify", "kto")}),
-    (KTO, {"task": ("sft", "pretrain", "classify", "dpo")}),
+    (("loss.neftune_alpha", "loss.label_smoothing", "loss.z_loss"), {"task": ("dpo", "kto", "reward")}),
+    (GENERATED, {"task": ("pretrain", "dpo", "kto", "reward")}),
+    (("data.label_prompt",), {"task": ("dpo", "kto", "reward")}),
+    (DPO, {"task": ("sft", "pretrain", "classify", "reward", "kto")}),
+    (KTO, {"task": ("sft", "pretrain", "classify", "reward", "dpo")}),
+    (CLASSIFY, {"task": ("sft", "pretrain", "reward", "dpo", "kto")}),
+    (REWARD, {"task": ("sft", "pretrain", "classify", "dpo", "kto")}),
+    (("classify.class_weights",), {"classify.by": ("label",)}),
+    (("loss.z_loss", "data.template", "data.loss_on", *GENERATED), {"task": ("classify",), "classify.by": ("head",)}),
+    (("reward.margin",), {"reward.loss": ("plackett_luce",)}),
+    (("data.loss_on",), {"task": ("reward",)}),  # an answer's reward is of the whole of it
     (("data.on_overlong",), {"task": ("pretrain",), "data.packing": (True,)}),  # documents are cut to fill rows
     (("data.label_prompt",), {"data.format": ("alpaca", "sharegpt", "messages", "prompt_completion", "text")}),
     (("data.split",), {"data.eval": GIVEN}),
@@ -167,6 +178,9 @@ def check_values(values: dict[str, Any]) -> None:
         if key.endswith(".targets") and not any(parts(values[key])):
             refuse(key, f"a name at least, e.g. {shown(default()[key.split('.')[0]].targets)}")
     refuse_metrics(parts(values["eval.metrics"]), "--config.eval.metrics")
+    weights = values["classify.class_weights"]
+    if not (weights in ("none", "balanced") if isinstance(weights, str) else named_weights(weights)):
+        refuse("classify.class_weights", "none, balanced, or a number above 0 for labels by name, e.g. {'spam': 3.0}")
     if not shares(values["data.split"]):
         refuse("data.split", "numbers, e.g. 8,1,1")
     for group, kind in NAMED_FREELY.items():
@@ -185,6 +199,11 @@ def refuse_metrics(names: Iterable[str], key: str = "metrics") -> None:
             near = difflib.get_close_matches(name, METRICS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{key}={name}: no such metric, there are {', '.join(METRICS)}{hint}")
+
+
+def named_weights(value: Any) -> bool:
+    """Is it {label: a number above 0}?"""
+    return isinstance(value, (dict, ConfigDict)) and all(OWN[float][0](weight) for weight in value.values())
 
 
 def shown(value: Any) -> str:

@@ -425,9 +425,15 @@ def what_next(to: str, out: str, quantize: str | None) -> str:
     """The command that uses an export; what lies there says whether it is an adapter, and over what."""
     file = Path(out).expanduser() / "adapter_config.json"
     if not file.is_file():
+        whole = json.loads(file.with_name("config.json").read_text())
+        if "id2label" in whole:
+            verb = "classify(model, texts)" if len(whole["id2label"]) > 1 else "rewards(model, conversations)"
+            return f"python: model = sftjax.load({out!r}); sftjax.{verb}"
         return f"vllm serve {out}" if to == "vllm" else f"sftjax chat --model={out}"
     adapter = json.loads(file.read_text())
     base = adapter["base_model_name_or_path"]
+    if adapter["task_type"] == "SEQ_CLS":
+        return f"python: model = sftjax.load({base!r}, adapter={out!r}); sftjax.classify(model, texts), or sftjax.rewards"
     if to == "vllm":
         rank = next((f" --max-lora-rank={most}" for most in VLLM_RANKS if most >= adapter["r"]), "") if adapter["r"] > 16 else ""
         return f"vllm serve {base} --enable-lora{rank} --lora-modules mine={out}"

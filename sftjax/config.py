@@ -30,7 +30,7 @@ def default() -> ConfigDict:
     `placeholder(type)` is None, which means "decide from the rest" as the comment beside it says, or a value of that type.
     """
     c = ConfigDict()
-    c.task = "sft"  # sft | pretrain | classify | dpo | kto
+    c.task = "sft"  # sft | pretrain | classify | reward | dpo | kto
     c.seed = 0  # of everything random: init, order, dropout, noise, sampling
 
     c.model = ConfigDict()
@@ -90,6 +90,15 @@ def default() -> ConfigDict:
     c.loss.label_smoothing = 0.0
     c.loss.z_loss = 0.0
     c.loss.neftune_alpha = 0.0  # 0 = off; 5 is the paper's choice, arXiv:2310.05914
+
+    c.classify = ConfigDict()  # task classify
+    c.classify.by = "label"  # label: the label is generated | head: a linear head scores each label on the text's last token
+    c.classify.class_weights = anything("none")  # of a head's loss: none | balanced (rare labels count more) | {"spam": 3.0}
+
+    c.reward = ConfigDict()  # task reward: a head that scores answers
+    c.reward.loss = "bradley_terry"  # of pairs, arXiv:2203.02155 | plackett_luce: of whole rankings, best to worst
+    c.reward.margin = 0.0  # by how much a chosen answer's reward is to exceed the rejected one's
+    c.reward.centring = 0.0  # of (chosen + rejected)^2, which holds the mean reward at 0; 0.01 is usual, arXiv:2312.09244
 
     c.dpo = ConfigDict()  # task dpo; what training starts from is the reference
     c.dpo.loss = "sigmoid"  # or hinge, ipo, orpo, simpo, ...: the names in sftjax/losses/preference.py
@@ -153,6 +162,7 @@ def default() -> ConfigDict:
 
 # the user's own names stand below these, with values of this type
 NAMED_FREELY = {"data.columns": str, "data.roles": str, "lora.rank_pattern": int, "lora.alpha_pattern": float}
+MAY_BE_DICTS = ("data.train", "data.eval", "classify.class_weights")  # of keys that are no config's own
 NO_DOTS = r"a name of your own has no dots; in a regex write \w for any letter, and q_proj is enough for self_attn.q_proj"
 
 
@@ -274,7 +284,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
     """Dotted key and value of every leaf, in the schema's order."""
     out: list[tuple[str, Any]] = []
     for key, value in config.items():
-        if isinstance(value, ConfigDict) and prefix + key not in (*NAMED_FREELY, "data.train", "data.eval"):
+        if isinstance(value, ConfigDict) and prefix + key not in (*NAMED_FREELY, *MAY_BE_DICTS):
             out += flatten(value, f"{prefix}{key}.")
         else:
             out.append((prefix + key, dict(value) if prefix + key in NAMED_FREELY else value))

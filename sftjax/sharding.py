@@ -29,6 +29,7 @@ RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor",
 AXES = [
     (r"embed/embedding", ("vocab", "embed")),
     (r"head/kernel", ("embed", "vocab")),
+    (r"score/kernel", ("embed", None)),
     (r"attn/(q|k|v|qkv)/kernel", ("embed", "heads")),
     (r"attn/(q|k|v|qkv)/bias", ("heads",)),
     (r"attn/o/kernel", ("heads", "embed")),

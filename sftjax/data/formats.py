@@ -46,7 +46,7 @@ def read_examples(
     `say` is told how each source was understood; `want` is a key of layouts.FORMATS. Raises UserError where a source cannot
     be found, has no known layout, or does not hold what is wanted.
     """
-    wishes = Wishes(dict(data.roles), data.system, data.label_prompt, _labels(data) if want == "answers" else ())
+    wishes = Wishes(dict(data.roles), data.system, data.label_prompt, _labels(data) if want in ("answers", "classes") else ())
     for source in sources(spec):
         layout, rows = _open(source, data, want)
         if layout and say:
@@ -92,8 +92,13 @@ def _labels(data: Any) -> tuple[str, ...]:
     """All the labels in the training sources, sorted, where the prompt asks for them."""
     if "{text}" not in data.label_prompt:
         raise UserError(f"--config.data.label_prompt={data.label_prompt!r}: has no {{text}} in it, where the row's text goes")
+    return labels(data, LABELS, "{labels} in --config.data.label_prompt") if "{labels}" in data.label_prompt else ()
+
+
+def labels(data: Any, most: int, what_for: str) -> tuple[str, ...]:
+    """All the labels in the training sources of `data`, sorted. Raises UserError where there are more than `most`."""
     found: set[str] = set()
-    for source in sources(data.train) if "{labels}" in data.label_prompt else ():
+    for source in sources(data.train):
         layout, rows = _open(source, data)
         if layout is None or layout.format != "label":
             continue
@@ -102,8 +107,8 @@ def _labels(data: Any) -> tuple[str, ...]:
                 found.add(label_of(Row(row, layout.columns)))
             except RowError:
                 continue  # told when the row itself is read
-        if len(found) > LABELS:
-            raise UserError(f"{source.path}: more than {LABELS} labels, too many for {{labels}} in --config.data.label_prompt")
+        if len(found) > most:
+            raise UserError(f"{source.path}: more than {most} labels, too many for {what_for}")
     return tuple(sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
 
 

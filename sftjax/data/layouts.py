@@ -46,9 +46,11 @@ FORMATS = {  # what is wanted -> the formats that have it, in the order in which
     "pairs": ("pair", "ranking", "tree"),
     "rankings": ("pair", "ranking", "tree"),
     "labels": ("unpaired", "pair"),
+    "classes": ("label",),
 }
 WANTED = {"answers": "one answer a row", "pairs": "pairs", "rankings": "rankings", "labels": "answers labelled good or bad"}
-USUAL = {"answers": "alpaca", "pairs": "pair", "rankings": "ranking", "labels": "unpaired"}
+WANTED |= {"classes": "a text and its label"}
+USUAL = {"answers": "alpaca", "pairs": "pair", "rankings": "ranking", "labels": "unpaired", "classes": "label"}
 PROMPTS = ("prompt", "messages", "conversations", "instruction")  # of a preference; the first that is there
 ASKING = ("ranking", "unpaired")  # formats that need one of PROMPTS
 ASKED = f", and one of {', '.join(PROMPTS)}"

@@ -8,6 +8,7 @@ A ranking that is read as pairs counts as the pairs it makes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class Ledger:
         """Cuts the end off long rows, with whatever of their answers stood there."""
         self.lengths[self.long] = self.max_length
         for i in np.flatnonzero(self.long).tolist():
-            self.trained[i] = np.count_nonzero(self.weights(i)[1 : self.max_length])
+            if self.want != "classes":  # whose label stays, whatever is cut
+                self.trained[i] = np.count_nonzero(self.weights(i)[1 : self.max_length])
         self.fate[self.long & (self.trained == 0)] = CUT_SHORT
         self.truncated = int(np.count_nonzero(self.long & (self.fate == KEPT)))
 
@@ -66,6 +68,8 @@ class Ledger:
         store, index, lengths, trained = (column[keep] for column in (self.store, self.index, self.lengths, self.trained))
         most = max(int(np.diff(s.part_offsets).max(initial=1)) for s in self.stores)  # answers of a row
         rows = Rows(self.stores, store, index, lengths, trained, shares, self.fill, SLOTS.get(self.want, 2 * most))
+        if self.want == "classes":
+            return replace(rows, labelled=True)
         return with_others(rows, self.prompt[keep], self.max_length) if self.want == "labels" else rows
 
     def counts(self) -> dict[str, Any]:
@@ -103,7 +107,7 @@ class Ledger:
     def refuse_overlong(self) -> None:
         """Raises UserError where any row is longer than max_length."""
         if self.long.any():
-            instead = "drop or truncate" if self.want == "answers" else "drop"
+            instead = "drop or truncate" if self.want in ("answers", "classes") else "drop"
             raise UserError(
                 f"{rows_are(int(self.long.sum()))} longer than data.max_length={self.max_length} (the longest has "
                 f"{self.full[self.long].max()} tokens): {self.some(self.long, SHOWN)}; raise it, or set "
@@ -121,7 +125,7 @@ class Ledger:
             say(f"{rows_are(self.bad)} unusable and left out")
         if (long := self.fate == OVERLONG).any():
             mend = "data.on_overlong=truncate would cut their ends off"
-            if self.want != "answers":
+            if self.want not in ("answers", "classes"):
                 mend = "All the answers of a preference count, each with its prompt; to keep them, raise data.max_length"
             say(
                 f"{rows_are(int(long.sum()))} longer than data.max_length={self.max_length} and dropped ({self.some(long)}); the "
@@ -129,9 +133,10 @@ class Ledger:
             )
         if self.truncated:
             cut = self.long & (self.fate == KEPT)
+            lost = "is not read" if self.want == "classes" else "is not trained, nor the turn's terminator"
             say(
-                f"{rows_are(self.truncated)} cut at data.max_length={self.max_length}: their ends, with the turn's terminator, "
-                f"are not trained ({self.some(cut)})"
+                f"{rows_are(self.truncated)} cut at data.max_length={self.max_length}: what stands beyond it {lost} "
+                f"({self.some(cut)})"
             )
         if (short := self.fate == CUT_SHORT).any():
             say(f"{rows_are(int(short.sum()))} dropped: cut at data.max_length, nothing trained is left ({self.some(short)})")

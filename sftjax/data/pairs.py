@@ -21,7 +21,8 @@ from sftjax.data.chat import as_dict
 from sftjax.data.example import Answer, Example, Message
 
 Slots = dict[int, int]  # which answer, by its number -> the segment that it is in the row's group of so many, from 1
-SLOTS = {"answers": 1, "pairs": 2, "labels": 3}  # segment numbers of a row; of rankings, two for each answer of the longest
+# segment numbers of a row; of rankings, two for each answer of the longest
+SLOTS = {"answers": 1, "pairs": 2, "labels": 3, "classes": 1}
 
 
 def sides(answers: Sequence[Answer], want: str) -> list[Slots]:

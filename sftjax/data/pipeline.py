@@ -33,7 +33,16 @@ from sftjax.data.rows import Rows, split, split_keys
 from sftjax.data.sources import Source, sources
 
 Say = Callable[[str], None]
-WANTS = {"dpo": "pairs", "kto": "labels"}  # what a task learns from; the others: answers
+WANTS = {"dpo": "pairs", "reward": "pairs", "kto": "labels"}  # what a task learns from; the others: answers
+
+
+def wanted(config: ConfigDict) -> str:
+    """What the task learns from: answers, pairs, rankings, labels (good or bad) or classes (a text and its label)."""
+    if config.task == "classify" and config.classify.by == "head":
+        return "classes"
+    if config.task == "reward" and config.reward.loss == "plackett_luce":
+        return "rankings"
+    return WANTS.get(config.task, "answers")
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,11 @@ class Opened:
 def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None = None) -> Splits:
     """Everything config.data asks for. Says what it does and what it finds through `say`; raises UserError.
 
-    `want`: answers, pairs, rankings or labels; None is what the task learns from.
+    `want`: answers, pairs, rankings, labels or classes; None is what the task learns from.
     """
     data = config.data
-    want = want or WANTS.get(config.task, "answers")
-    if want != "answers":
+    want = want or wanted(config)
+    if want not in ("answers", "classes"):
         refuse_what_spoils_preferences(config)
     opened = open_all(config, chat, say, want)
     stores = [o.store for o in opened]
@@ -174,6 +183,8 @@ def cache_key(source: Source, digest: str, data: ConfigDict, chat: Chat, want: s
         "templates": chat.templates,
         "tokenizer": tokenizer_text(chat.tokenizer),
     }
+    if want == "classes":
+        decides["labels"] = chat.labels  # type: ignore[attr-defined]  # of data.classes
     return sha256(json.dumps(decides, sort_keys=True))
 
 
@@ -195,8 +206,9 @@ def parts(ledger: Ledger, training: int, config: ConfigDict, say: Say) -> np.nda
     shares = [*config.data.split, 0, 0][:3]
     if min(shares) < 0 or not shares[0]:
         raise UserError(f"data.split={config.data.split}: needs train : eval : test shares, train above 0, e.g. 8,1,1")
-    keys = ledger.key if ledger.want == "answers" else split_keys(ledger.prompt, ledger.key, shares)
-    if ledger.want != "answers" and keys is ledger.key:
+    alone = ledger.want in ("answers", "classes")
+    keys = ledger.key if alone else split_keys(ledger.prompt, ledger.key, shares)
+    if not alone and keys is ledger.key:
         say("warning: one prompt has more rows than are to be held out, so its rows are on every side of data.split")
     return split(keys, shares, config.seed)
 

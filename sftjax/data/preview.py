@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sftjax.config import UserError
+from sftjax.data.classes import Classes
 from sftjax.data.pipeline import build
 from sftjax.data.rows import OTHER, Rows
 from sftjax.data.stream import Stream
@@ -45,6 +46,9 @@ def preview(config: ConfigDict, console: Console, rows: int = 3) -> None:
         for ids, weights, slot in splits.train.parts(i):
             if splits.train.slots > 1:
                 console.print(Text(slot_name(splits.train, slot), "bold"))
+            if isinstance(chat, Classes):
+                console.print(Text(f"label: {chat.labels[ids[-1]]}", "bold"))
+                ids, weights = ids[:-1], weights[:-1]
             console.print(row_text(tokenizer, ids, weights, plain), soft_wrap=True)
     console.print()
     console.print(counts(splits.report))

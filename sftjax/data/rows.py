@@ -46,6 +46,7 @@ class Rows:
     fill: bool = False  # pretraining: rows are documents, cut to fill every bin
     slots: int = 1  # segment numbers that a row takes in a batch
     other: np.ndarray | None = None  # the row whose answer each prompt is shown with too, in the slot OTHER
+    labelled: bool = False  # a row ends with its label's number, and keeps it where the text before it is cut
 
     def __len__(self) -> int:
         return len(self.index)
@@ -53,6 +54,9 @@ class Rows:
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32 [n], weights float32 [n]), of all its answers end to end; memory-mapped, not to be written to."""
         ids, weights = self.stored(i)
+        if self.labelled and self.lengths[i] < len(ids):
+            kept = self.lengths[i] - 1
+            return np.append(ids[:kept], ids[-1]), np.append(weights[:kept], weights[-1])
         return ids[: self.lengths[i]], weights[: self.lengths[i]]
 
     def stored(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +79,14 @@ class Rows:
     def part(self, i: int) -> np.ndarray:
         """The parts of row i as they are stored, cache.PART."""
         return self.stores[self.store[i]].part(self.index[i])
+
+    def labels(self) -> np.ndarray:
+        """The number of each row's label, int64 [n]; of labelled rows."""
+        out = np.zeros(len(self), np.int64)
+        for s, store in enumerate(self.stores):
+            mine = self.store == s
+            out[mine] = store.tokens[store.offsets[self.index[mine] + 1] - 1]
+        return out
 
     def example(self, i: int) -> Example:
         """What the row was made from, whole."""

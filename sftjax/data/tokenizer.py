@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sftjax.config import parts
+from sftjax.config import UserError, parts
 from sftjax.data.chat import Chat, load_tokenizer, prepare
+from sftjax.data.classes import Classes
+from sftjax.data.formats import labels as all_labels
+from sftjax.data.pipeline import wanted
+
+MOST = 1000  # labels of a classifier: above this many, the column holds something else
 
 
 def tokenizer_place(base: str | Path, adapter: Path | None = None) -> str | Path:
@@ -27,13 +33,20 @@ def open_tokenizer(
     return tokenizer
 
 
-def chat_for(config: ConfigDict, tokenizer: Any) -> tuple[Chat, list[str]]:
+def chat_for(config: ConfigDict, tokenizer: Any, labels: Sequence[str] = ()) -> tuple[Chat, list[str]]:
     """The Chat that the config trains through, and the tokens that `tokenizer` is given (in place) for tokens.train and the
-    template. Raises UserError."""
+    template. Raises UserError.
+
+    `labels` are a classifier's, in order; where it has none yet, those of the training data."""
     had = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(parts(config.tokens.train)) if token not in had]
     tokenizer.add_tokens(new, special_tokens=True)
     if config.task == "pretrain":
         return Chat(tokenizer, loss_on="all"), new
+    if wanted(config) == "classes":
+        found = labels or all_labels(config.data, MOST, "a score head")
+        if len(found) < 2:
+            raise UserError(f"the training data has the label {', '.join(found) or '(none)'} alone; a classifier needs two")
+        return Classes(tokenizer, found), new
     chat, more = prepare(tokenizer, config.data.template, loss_on=config.data.loss_on)
     return chat, new + more

@@ -51,6 +51,12 @@ def open_engine(model: str, adapter: str | None = None, quantize: str | None = N
     from sftjax.hf.model import load
 
     m = load(model, adapter=adapter, quantize=quantize)
+    if m.config.labels:
+        verb = "sftjax.classify(model, texts)" if len(m.config.labels) > 1 else "sftjax.rewards(model, conversations)"
+        raise UserError(
+            f"--model={adapter or model}: ends with a score head ({', '.join(m.config.labels[:5])}), which generates no text; "
+            f"from Python {verb} gives its numbers"
+        )
     chat = Chat(m.tokenizer)
     return Engine(m.module, m.params, stop_ids=ends(m.directory, chat)), chat
 

@@ -14,7 +14,7 @@ from jax import Array
 from sftjax.data.batch import Batch
 from sftjax.data.tokenizer import open_tokenizer
 from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
-from sftjax.hf.peft import load_adapter
+from sftjax.hf.peft import load_adapter, with_head
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, Output, forward, init
 from sftjax.weights.kinds import matmul
@@ -37,7 +37,10 @@ class Model:
         return forward(self.module)
 
     def logits(self, tokens: Any) -> Array:
-        """tokens [B, T], or one text as a str -> [B, T, V] float32. For looking, not for training: the logits are whole."""
+        """tokens [B, T], or one text as a str -> [B, T, V] float32. For looking, not for training: the logits are whole.
+
+        With a score head [B, T, C]: of a sequence the last token's count.
+        """
         ids = self.tokenizer(tokens)["input_ids"] if isinstance(tokens, str) else tokens
         ids = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
@@ -68,6 +71,7 @@ def load(
     params = load_params(directory, config, quantisers=quantisers(shapes, quantize) if quantize else None)
     tokenizer = open_tokenizer(directory, beside, trust_remote_code)
     if beside:
+        params, config = with_head(params, config, beside)
         params, config = resize_embeddings(params, config, len(tokenizer))  # for the tokens that it adds
         params = load_adapter(params, beside)
     return Model(Decoder(config, compute_dtype(dtype)), params, tokenizer, config, directory)

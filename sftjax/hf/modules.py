@@ -1,6 +1,6 @@
 """Hugging Face's module names and our paths, by the table in `weights.targets`.
 
-model.layers.3.self_attn.q_proj  <->  layers/attn/q, 3        model.embed_tokens  <->  embed        lm_head  <->  head
+model.layers.3.self_attn.q_proj  <->  layers/attn/q, 3      model.embed_tokens  <->  embed      lm_head, score  <->  head, score
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 from sftjax.weights.targets import MODULES
 
-EMBED, HEAD = "model.embed_tokens", "lm_head"
+EMBED, HEAD, SCORE = "model.embed_tokens", "lm_head", "score"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 NODES = {module: node for node, module in MODULES.items()}
 
@@ -26,4 +26,4 @@ def module_of(node: str, layer: int | None = None) -> str:
     lead, _, rest = node.partition("/")
     if lead == "layers":
         return MODULES[rest] if layer is None else f"model.layers.{layer}.{MODULES[rest]}"
-    return HEAD if node == "head" else f"model.{MODULES[node]}"
+    return {"head": HEAD, "score": SCORE}.get(node) or f"model.{MODULES[node]}"

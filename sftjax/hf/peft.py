@@ -32,28 +32,43 @@ from typing import Any
 
 from sftjax.config import UserError
 from sftjax.hf.load import load_config
-from sftjax.hf.peft_file import CONFIG, WEIGHTS
-from sftjax.hf.peft_read import load_adapter, saved_modules
+from sftjax.hf.peft_file import CONFIG, LABELS, WEIGHTS
+from sftjax.hf.peft_read import adapter_labels, load_adapter, saved_modules, with_head
 from sftjax.hf.peft_write import adapter_config, added, plain, tensors, unserved
 from sftjax.hf.save import save_tokenizer
 from sftjax.hf.staging import staged
 from sftjax.hf.tensors import write
 from sftjax.models.config import DecoderConfig
 
-__all__ = ["load_adapter", "save_adapter", "saved_modules", "unserved"]
+__all__ = ["adapter_labels", "load_adapter", "save_adapter", "saved_modules", "unserved", "with_head"]
 
 README = """\
-# Resize the vocabulary first
+# Loading with PEFT
 
-This adapter has tokens that `{base}` has not. PEFT loads it over a base of {vocab} tokens, the tokenizer beside it knows them:
+{why}
 
 ```python
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model.resize_token_embeddings({vocab})
-model = PeftModel.from_pretrained(model, adapter)
+{code}
 ```
 """
+
+
+def readme(base: str, config: DecoderConfig, had: int) -> str:
+    """How PEFT is to load an adapter over a base that has not all it takes: a head, or rows for its tokens."""
+    lines = ["tokenizer = AutoTokenizer.from_pretrained(adapter)"]
+    why = []
+    if config.labels:
+        named = f"id2label={dict(enumerate(config.labels))}, " if len(config.labels) > 1 else ""
+        lines += [f'model = AutoModelForSequenceClassification.from_pretrained("{base}", {named}num_labels={len(config.labels)})']
+        lines += ["model.config.pad_token_id = tokenizer.pad_token_id"]
+        why += [f"This adapter brings a score head: give `{base}` one of {len(config.labels)} numbers first."]
+    else:
+        lines += [f'model = AutoModelForCausalLM.from_pretrained("{base}")']
+    if config.vocab > had:
+        lines += [f"model.resize_token_embeddings({config.vocab})"]
+        why += [f"It has tokens that `{base}` has not, which the tokenizer beside it knows: resize the vocabulary first."]
+    lines += ["model = PeftModel.from_pretrained(model, adapter)"]
+    return README.format(why="\n".join(why), code="\n".join(lines))
 
 
 def save_adapter(
@@ -78,7 +93,8 @@ def save_adapter(
     saved      paths of the leaves that trained as a whole
     check      called with the finished directory before it takes `out`'s place, to raise where it will not do
 
-    Where the vocabulary grew, a README.md beside the adapter says how PEFT is to load it; `load_adapter` needs no telling.
+    Where the vocabulary grew, or a score head came, a README.md beside the adapter says how PEFT is to load it; `load_adapter`
+    and `with_head` need no telling.
     """
     base, had = base_name or str(source), load_config(source).vocab
     parts = added(params, config, had, saved)
@@ -96,7 +112,10 @@ def save_adapter(
         write(tmp / WEIGHTS, tensors(parts))
         (tmp / CONFIG).write_text(json.dumps(adapter_config(parts, base), indent=2) + "\n")
         save_tokenizer(tmp, source, tokenizer, template)
-        if config.vocab > had and form == "peft":
-            (tmp / "README.md").write_text(README.format(base=base, vocab=config.vocab))
+        if config.labels:
+            named = {str(i): label for i, label in enumerate(config.labels)}
+            (tmp / LABELS).write_text(json.dumps(named, ensure_ascii=False) + "\n", encoding="utf-8")
+        if form == "peft" and (config.vocab > had or config.labels):
+            (tmp / "README.md").write_text(readme(base, config, had), encoding="utf-8")
         if check:
             check(tmp)

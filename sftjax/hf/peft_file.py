@@ -14,6 +14,7 @@ from sftjax.hf.load import read_json
 from sftjax.hf.tensors import Stored, read
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LABELS = "labels.json"  # {"0": "ham", "1": "spam"}: of a score head, for which PEFT's config has no word
 PARTS = {
     "lora_A.weight": "lora_A",
     "lora_B.weight": "lora_B",

@@ -12,11 +12,15 @@ import numpy as np
 
 from sftjax import tree
 from sftjax.config import UserError
-from sftjax.hf.load import grow
+from sftjax.hf.load import grow, read_json
 from sftjax.hf.modules import EMBED, HEAD, node_of
-from sftjax.hf.peft_file import Module, read_config, read_modules
+from sftjax.hf.modules import SCORE as HEAD_OF_SCORES
+from sftjax.hf.peft_file import LABELS, Module, read_config, read_modules
+from sftjax.models.config import DecoderConfig
+from sftjax.models.families.common import labels
+from sftjax.models.heads import scored
 from sftjax.weights.kinds import Adapter, Dora, LowRank, Tokens, dense, norms
-from sftjax.weights.targets import ENDS, module_name
+from sftjax.weights.targets import ENDS, SCORE, module_name
 
 Layers = dict[int | None, Module]  # the modules of one node of the tree; None where it has no layers
 
@@ -30,7 +34,7 @@ def load_adapter(params: Any, directory: str | Path) -> Any:
     modules = read_modules(directory, read_config(directory))
     params = grow(params, _vocab(modules))
     leaves = tree.flatten(params)
-    if "head/kernel" not in leaves:
+    if "head/kernel" not in leaves and SCORE not in leaves:
         modules = _tied(directory, modules)
     found: dict[str, Layers] = {}
     for name, module in modules.items():
@@ -61,6 +65,24 @@ def saved_modules(directory: str | Path) -> tuple[str, ...]:
     if len(ends) == 2 and np.array_equal(ends[0], ends[1]):
         del saved[HEAD]  # one matrix in a tied model
     return tuple(dict.fromkeys(module_name(f"{node_of(name)[0]}/kernel") for name in saved))
+
+
+def adapter_labels(directory: str | Path) -> tuple[str, ...]:
+    """What the numbers of the score head mean that an adapter brings; () where it brings none."""
+    directory = Path(directory)
+    score = read_modules(directory, read_config(directory)).get(HEAD_OF_SCORES)
+    if score is None:
+        return ()
+    file, count = directory / LABELS, score.parts["weight"].shape[0]
+    return labels(({"id2label": read_json(file)} if file.is_file() else {}) | {"num_labels": count})
+
+
+def with_head(params: Any, config: DecoderConfig, directory: str | Path) -> tuple[Any, DecoderConfig]:
+    """The base that an adapter goes over: with room for the score head it brings, where the base has none, and its labels."""
+    found = adapter_labels(directory)
+    if len(found) == len(config.labels):
+        return params, replace(config, labels=found)
+    return scored(params, config, found) if found and not config.labels else (params, config)
 
 
 def held(directory: str | Path) -> set[str]:

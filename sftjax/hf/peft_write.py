@@ -37,6 +37,7 @@ class Added:
     rows: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)  # {token: its row}
     whole: dict[str, Array] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    scored: bool = False  # the model ends with a score head
 
     def __bool__(self) -> bool:
         return any((self.low, self.rows, self.whole, self.adapters))
@@ -44,7 +45,8 @@ class Added:
 
 def added(params: Any, config: DecoderConfig, vocab: int, saved: Collection[str]) -> Added:
     """What `params` adds to a checkpoint of `vocab` tokens, the leaves `saved` as a whole. Raises UserError."""
-    out, nodes = Added(config.tied), {path.rpartition("/")[0] for path in saved}
+    out = Added(config.tied, scored=bool(config.labels))
+    nodes = {path.rpartition("/")[0] for path in saved}
     for path, w in tree.flatten(params).items():
         node = path.rpartition("/")[0]
         name = module_of(node)
@@ -133,7 +135,7 @@ def adapter_config(parts: Added, base: str) -> dict[str, Any]:
     r, alpha = _commonest(ranks, 8), _commonest(alphas, 8)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if parts.scored else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "target_modules": sorted({name.rpartition(".")[2] for name in ranks}) or NO_TARGETS,
         "r": r,

@@ -22,7 +22,7 @@ from sftjax.hf.load import load_family, read_json
 from sftjax.hf.staging import staged
 from sftjax.hf.tensors import Stored, Tensor, read_dir, write_dir
 from sftjax.models.config import DecoderConfig
-from sftjax.models.families import Name
+from sftjax.models.families import Name, config_to_hf
 from sftjax.weights.kinds import dense
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
@@ -39,6 +39,7 @@ def save(
     tokenizer: Any = None,
     template: str | None = None,
     stop_ids: Sequence[int] = (),
+    pad_id: int | None = None,
     max_shard_bytes: float = 5e9,
     untouched: Collection[str] = (),
     check: Callable[[Path], Any] | None = None,
@@ -51,6 +52,7 @@ def save(
     tokenizer  where training added tokens; None copies the source's files
     template   the chat template in force; None = as the tokenizer has it
     stop_ids   end a turn: added to the eos ids of generation_config.json
+    pad_id     of a score head: the token that pads, by which transformers finds the last one that counts
     untouched  paths of leaves that training left alone: their tensors are the source's, byte for byte
     check      called with the finished directory before it takes `out`'s place, to raise where it will not do
     """
@@ -66,7 +68,7 @@ def save(
     with staged(out, source) as tmp:
         write_dir(tmp, tensors, max_shard_bytes)
         written = {t.dtype.name for t in tensors.values()} if dtype or not stored else set()
-        _write_configs(tmp, source, config, written, stop_ids)
+        _write_configs(tmp, source, config, written, stop_ids, pad_id)
         save_tokenizer(tmp, source, tokenizer, template)
         if check:
             check(tmp)
@@ -107,12 +109,17 @@ def _one(leaf: Any, index: tuple[int, ...], transposed: bool, dtype: np.dtype) -
     return x.T if transposed else x
 
 
-def _write_configs(tmp: Path, source: Path, config: DecoderConfig, dtypes: set[str], stop_ids: Sequence[int]) -> None:
-    raw = read_json(source / "config.json")
-    raw = load_family(source).config_to_hf(config, raw)
+def _write_configs(
+    tmp: Path, source: Path, config: DecoderConfig, dtypes: set[str], stop_ids: Sequence[int], pad_id: int | None
+) -> None:
+    raw = config_to_hf(config, read_json(source / "config.json"))
+    if pad_id is not None:
+        raw["pad_token_id"] = pad_id
     if len(dtypes) == 1:  # transformers 4 reads torch_dtype, 5 reads both
         raw |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"], *dtypes)
     _write_json(tmp / "config.json", raw)
+    if config.labels:
+        return  # it generates nothing
 
     file = source / "generation_config.json"
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}

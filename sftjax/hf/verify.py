@@ -18,11 +18,12 @@ from jax import Array
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.hf.load import load_config, load_params, resize_embeddings
-from sftjax.hf.peft import load_adapter
+from sftjax.hf.peft import load_adapter, with_head
 from sftjax.hf.tensors import read_dir
 from sftjax.losses.tokens import logprobs, shift
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, forward
+from sftjax.models.heads import token_scores
 from sftjax.weights.quantize import Quantised
 
 # (mean, largest) difference of a token's log-prob that rounding to a dtype can explain, in nats.
@@ -60,16 +61,19 @@ def verify(
     theirs_config = load_config(place)
     again = load_params(place, theirs_config, quantisers=quantisers if adapter_of else None)
     if adapter_of:
+        again, theirs_config = with_head(again, theirs_config, out)
         again, theirs_config = resize_embeddings(again, theirs_config, config.vocab)
         again = load_adapter(again, out)
     theirs = score(again, theirs_config, rows)
     mean, most = distance(ours, theirs)
     kind = "float32" if adapter_of else _coarsest(out)
     mean_bound, most_bound = BOUNDS[kind]
+    if theirs_config.labels != config.labels:
+        raise ExportError(f"{out}: read back, its labels are {theirs_config.labels}, the run's {config.labels}")
     if not (mean <= mean_bound and most <= most_bound):  # not: so that a nan fails
         raise ExportError(
-            f"{out}: read back, its log-probs differ from the run's by {mean:.2g} on average and {most:.2g} at most, over "
-            f"{ours.size} tokens; {kind} allows {mean_bound:g} and {most_bound:g}"
+            f"{out}: read back, its {'scores' if config.labels else 'log-probs'} differ from the run's by {mean:.2g} on average "
+            f"and {most:.2g} at most, over {ours.size} tokens; {kind} allows {mean_bound:g} and {most_bound:g}"
         )
     return Verified(theirs, mean, most)
 
@@ -86,14 +90,18 @@ def _coarsest(directory: Path) -> str:
 
 
 def score(params: Any, config: DecoderConfig, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """log p of every token after the first of every row, end to end. One row at a time, so that memory stays small."""
+    """log p of every token after the first of every row, end to end. One row at a time, so that memory stays small.
+
+    With a score head, what the sequence would score that ended at each of those tokens.
+    """
     width = max(map(len, rows))
     out = []
     with jax.default_matmul_precision("highest"):
         for row in rows:
             tokens, segments = np.zeros((1, width), np.int32), np.zeros((1, width), np.int32)
             tokens[0, : len(row)], segments[0, : len(row)] = row, 1
-            out.append(np.asarray(_score_row(params, config, tokens, segments))[: len(row) - 1])
+            scores = np.asarray(_score_row(params, config, tokens, segments))
+            out.append((scores[1 : len(row)] if config.labels else scores[: len(row) - 1]).ravel())
     return np.concatenate(out)
 
 
@@ -101,4 +109,6 @@ def score(params: Any, config: DecoderConfig, rows: Sequence[Sequence[int]]) -> 
 def _score_row(params: Any, config: DecoderConfig, tokens: Array, segments: Array) -> Array:
     batch = Batch(tokens, segments.astype(jnp.float32), segments, jnp.arange(tokens.shape[1])[None])
     output = forward(Decoder(config))(params, batch)
+    if config.labels:
+        return token_scores(output)[0]
     return logprobs(output.hidden, output.head, shift(batch)[0])[0]

@@ -70,3 +70,4 @@ class DecoderConfig:
     activation: str = "silu"  # silu | gelu | gelu_tanh
     experts: Experts | None = None
     init_std: float = 0.02
+    labels: tuple[str, ...] = ()  # what the numbers of a score head mean, which stands in place of the vocabulary's; () = none

@@ -227,7 +227,9 @@ def uniform_window(c: DecoderConfig) -> int | None:
 
 
 def head(params: Any, c: DecoderConfig) -> kinds.Weight:
-    """The output weight [D, V]: the head's kernel, or the embedding transposed where they are tied."""
+    """The output weight [D, V]: the head's kernel, or the embedding transposed where they are tied. Of a score head [D, C]."""
+    if c.labels:
+        return params["score"]["kernel"]
     kernel = params["head"]["kernel"] if "head" in params else kinds.transpose(params["embed"]["embedding"])
     return kinds.Capped(kernel, c.logit_softcap) if c.logit_softcap else kernel
 
@@ -248,6 +250,8 @@ def init(c: DecoderConfig, key: Array) -> Any:
     """Random float32 parameters of the config's shape, heads and all."""
     one = jnp.zeros((1, 1), jnp.int32)
     params = Decoder(c).init(key, one, one, one)["params"]
+    if c.labels:
+        return params | {"score": {"kernel": jnp.zeros((c.width, len(c.labels)))}}
     if not c.tied:
         params["head"] = {"kernel": c.init_std * jax.random.normal(jax.random.fold_in(key, 1), (c.width, c.vocab))}
     return params

@@ -7,10 +7,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sftjax.tasks import dpo, kto, pretrain, sft
+from sftjax.tasks import classify, dpo, kto, pretrain, reward, sft
 
-# a row of text and label is an instruction like any other: the label is generated
-TASKS = {"sft": sft.train, "classify": sft.train, "pretrain": pretrain.train, "dpo": dpo.train, "kto": kto.train}
+TASKS = {
+    "sft": sft.train,
+    "classify": classify.train,
+    "pretrain": pretrain.train,
+    "reward": reward.train,
+    "dpo": dpo.train,
+    "kto": kto.train,
+}
 
 
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:

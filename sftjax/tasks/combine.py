@@ -13,7 +13,7 @@ from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.data.tokenizer import open_tokenizer, tokenizer_place
 from sftjax.hf.load import load_config, load_params, read_json, resize_embeddings, resolve
-from sftjax.hf.peft import load_adapter, saved_modules
+from sftjax.hf.peft import load_adapter, saved_modules, with_head
 from sftjax.tasks.export import probe_rows, refuse_beside_adapter, served, write
 from sftjax.weights.describe import bottlenecks, trained_tokens
 from sftjax.weights.lora import combine
@@ -52,6 +52,7 @@ def export_adapters(
     tokenizers = [open_tokenizer(directory, place) for place in places]
     base, config = load_params(directory, load_config(directory)), load_config(directory)
     base, config = resize_embeddings(base, config, len(tokenizers[0]))
+    base, config = with_head(base, config, places[0])
     loaded = [load_adapter(base, place) for place in places]
     alone = len(loaded) == 1 and weights is None
     for adapter, params in zip(adapters, loaded):

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from sftjax import config as schema
 from sftjax import sharding, tree
 from sftjax.config import UserError
+from sftjax.data.chat import Chat
 from sftjax.hf.load import load_params
 from sftjax.hf.peft import save_adapter, unserved
 from sftjax.hf.save import save
@@ -64,8 +65,10 @@ def export(
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
     refuse_form(to, base, dtype, config)
-    start = Base(config)
+    start = Base(config, (read_json(workdir / "manifest.json") or {}).get("labels", ()))
     refuse_another_base(workdir, start)
+    own_padding = start.chat.tokenizer.pad_token_id if start.labels else None
+    padding = pad_with(start.chat, ends=config.task == "reward") if start.labels else None
     decoder, params, mask = start.build(sharding.make_mesh(1, 1, 1))
     whole = method.whole(params, config, start.modules)
     params, step = restore(workdir, params, mask, checkpoint, say)
@@ -73,24 +76,31 @@ def export(
     form = served(to, params, decoder.config, start.directory, whole, out, say)
     refuse_beside_adapter(to, form, base, dtype)
     rows = probe_rows(start.chat.tokenizer, decoder.config.vocab, start.trained_tokens)
+    changed = start.new_tokens or padding != own_padding
     if base == "original":
         trained_over = score(params, decoder.config, rows)
-        params = over(params, load_params(start.directory, start.source_config))
+        params = over(params, start.headed(load_params(start.directory, start.source_config))[0])
     verified = write(
         params,
         decoder.config,
         rows,
         form,
-        merged={"dtype": dtype, "stop_ids": start.chat.stop_ids, "untouched": untouched(params, mask)},
+        merged={
+            "dtype": dtype,
+            "stop_ids": start.chat.stop_ids,
+            "pad_id": padding,
+            "untouched": untouched(params, mask),
+        },
         adapter={"base_name": config.model.path, "saved": whole},
         quantisers=method.quantiser(start.shapes, config, start.modules),
         source=start.directory,
         out=out,
-        tokenizer=start.chat.tokenizer if start.new_tokens or start.tokenizer_directory != start.directory else None,
+        tokenizer=start.chat.tokenizer if changed or start.tokenizer_directory != start.directory else None,
         template=None if config.task == "pretrain" else start.chat.template,
     )
     most, compared = verified.most, sum(map(len, rows))
-    say(f"wrote step {step} to {out} and read it back: log-probs differ by at most {most:.1e} over {compared:,} tokens")
+    what = "scores" if start.labels else "log-probs"
+    say(f"wrote step {step} to {out} and read it back: {what} differ by at most {most:.1e} over {compared:,} tokens")
     if base == "original":
         mean, most = distance(trained_over, verified.scores)
         say(
@@ -194,6 +204,22 @@ def refuse_another_base(workdir: Path, base: Base) -> None:
     for part, (place, digest) in found.items():
         if was.get(part) != digest:
             raise UserError(f"{place}: the {part} is not what the run in {workdir} was trained from; put that back")
+
+
+def pad_with(chat: Chat, *, ends: bool) -> int | None:
+    """The token that pads the sequences of a score head, made the tokenizer's own: its id, or None where there is none.
+
+    transformers scores the last token that is not this one. So none will do that sequences end with, where `ends` says that
+    they end with what the template, or the tokenizer's end of text, puts there.
+    """
+    t = chat.tokenizer
+    last = chat.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) if chat.template else ""
+    ending = {*(chat.tokenise(last)[0][-1:] or chat.eos_ids)} if ends else set()
+    known = (t.pad_token_id, t.unk_token_id, t.eos_token_id, t.bos_token_id)
+    found = next((i for i in known if i is not None and i not in ending), None)
+    if found is not None and found != t.pad_token_id:
+        t.pad_token = t.convert_ids_to_tokens(found)
+    return found
 
 
 def untouched(params: Any, mask: Any) -> set[str]:

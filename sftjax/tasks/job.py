@@ -159,6 +159,7 @@ class Job:
             tokenizer_dir=self.base.tokenizer_directory,
             lengths=length_histogram(train.lengths, train.trained),
         )
+        made_of |= {"labels": list(self.base.labels)} if self.base.labels else {}
         return made_of | {"trained_tokens": dict(zip(self.chat.tokenizer.convert_ids_to_tokens(ids), ids))}
 
     def refuse_another_run(self, force: bool) -> None:

@@ -77,7 +77,7 @@ def model_flops_per_token(config: DecoderConfig, params: Any, mask: Any, length:
             total += products[0] + 2 * products[1]
         windows = windows[depth:]
     below += trains["final_norm/scale"]
-    head = "head/kernel" if "head" in params else "embed/embedding"
+    head = next((path for path in ("score/kernel", "head/kernel") if path in trains), "embed/embedding")
     return total + 2 * kinds.count(tree.flatten(params)[head]) * (1 + (below > 0)) + 2 * trains[head]
 
 

@@ -17,7 +17,7 @@ from sftjax import config as schema
 from sftjax.config import UserError
 from sftjax.evaluate import table
 from sftjax.evaluate.figures import verdict
-from sftjax.train import chart
+from sftjax.train import chart, tables
 from sftjax.train.fit import judge
 from sftjax.train.manifest import leaves, show
 from sftjax.train.progress import compact, duration
@@ -25,7 +25,8 @@ from sftjax.train.run import clean, full_disk, lines, read_json, read_metrics, r
 
 SHOWN_SAMPLES = 200
 SHOWN_TEXT = 4000  # characters of a prompt or an answer
-COUNTED = {"dpo": "pair", "kto": "answer"}  # what a task's loss is a mean over; of the others, trained tokens
+# what a task's loss is a mean over; of the others, trained tokens
+COUNTED = {"dpo": "pair", "kto": "answer", "classify by head": "text", "reward": "pair"}
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -63,10 +64,12 @@ def view(workdir: Path) -> dict[str, Any]:
         "headlines": headlines(summary),
         "facts": facts(summary),
         "fit": fit,
-        "loss": loss_chart(train, evals, fit.best_step, str(config.get("task"))),
+        "loss": loss_chart(train, evals, fit.best_step, what_runs(config)),
         "preferences": [c for c in preference_charts(train, evals) if c],
         "charts": [c for c in small_charts(train) if c],
         "bad_steps": sum(1 for line in train if line.get("loss") is None),
+        "confusion": tables.confusion(summary),
+        "calibration": tables.calibration(summary),
         "samples": samples(workdir / "samples.jsonl"),
         "timeline": timeline([line for line in metrics if line["kind"] == "sample"]),
         "evaluation": evaluation(read_json(workdir / "eval" / "eval.json")),
@@ -80,6 +83,12 @@ def view(workdir: Path) -> dict[str, Any]:
     }
 
 
+def what_runs(config: Mapping[str, Any]) -> str:
+    """The task, with what makes another of it."""
+    by_head = config.get("task") == "classify" and config.get("classify.by") == "head"
+    return "classify by head" if by_head else str(config.get("task"))
+
+
 def headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """What changed from before training to after: label, before, after, and whether that is better."""
     out = []
@@ -87,7 +96,8 @@ def headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Evaluation loss", "eval_loss", loss_text, -1),
         ("Test loss", "test_loss", loss_text, -1),
         ("Exact match", "exact_match", percent, 1),
-        ("Preference accuracy", "accuracy", percent, 1),
+        ("Accuracy" if "classes" in summary else "Preference accuracy", "accuracy", percent, 1),
+        ("Macro-F1", "macro_f1", lambda x: f"{x:.3f}", 1),
         ("Log-prob of a chosen answer", "logps_chosen", lambda x: f"{x:.1f}", 1),
     ):
         after, before = summary.get(key), summary.get(f"{key}_before")
@@ -162,6 +172,7 @@ def preference_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) 
         chart.lines("Log-prob of an answer", sides("logps")),
         chart.lines("Margin: chosen over rejected reward", both("rewards/margins"), zero=True),
         chart.lines("Accuracy: pairs whose chosen reward is higher", both("rewards/accuracies"), zero=True),
+        chart.lines("Accuracy: texts whose own label scores highest", both("accuracy"), zero=True),
         chart.lines("KL from the reference, KTO's baseline", both("kl"), zero=True),
     ]
 

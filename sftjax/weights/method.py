@@ -22,7 +22,7 @@ from sftjax.weights import select
 from sftjax.weights.adapter import adapter
 from sftjax.weights.lora import lora
 from sftjax.weights.quantize import Quantised, quantisers
-from sftjax.weights.targets import match, module_name, saved
+from sftjax.weights.targets import SCORE, match, module_name, saved
 from sftjax.weights.tokens import tokens
 
 
@@ -87,5 +87,6 @@ def mask(params: Any, c: ConfigDict, modules: str | Sequence[str] = ()) -> Any:
 
 
 def whole(params: Any, c: ConfigDict, modules: str | Sequence[str]) -> set[str]:
-    """Paths of the leaves that train as they are: LoRA's modules to save, and what `freeze.train` names."""
-    return select.named(params, c.freeze.train) if c.method == "freeze" else saved(params, modules)
+    """Paths of the leaves that train as they are: LoRA's modules to save, what `freeze.train` names, and a score head."""
+    chosen = select.named(params, c.freeze.train) if c.method == "freeze" else saved(params, modules)
+    return chosen | ({SCORE} & {*tree.flatten(params)})

@@ -32,6 +32,7 @@ MODULES = {
     "mlp/shared/down": "mlp.shared_expert.down_proj",
     "mlp/shared_gate": "mlp.shared_expert_gate",
     "head": "lm_head",
+    "score": "score",
     "embed": "embed_tokens",
     "attn/q_norm": "self_attn.q_norm",
     "attn/k_norm": "self_attn.k_norm",
@@ -44,6 +45,7 @@ MODULES = {
 }
 KERNELS = ("/kernel", "/embedding")
 ENDS = ("head/kernel", "embed/embedding")  # not among "all-linear", as everywhere
+SCORE = "score/kernel"  # trains as a whole, whatever the method
 GATES = ("layers/mlp/router/kernel", "layers/mlp/shared_gate/kernel")  # nor these: who sees a token is not what they say of it
 
 
@@ -53,7 +55,7 @@ def match(params: Any, targets: str | Sequence[str], option: str = "lora.targets
     `targets` are "all-linear" (every kernel but the head's, the embedding and a mixture's gates), module names and regexes (a
     sequence, or text with commas between them) matched to the end of names such as `layers.self_attn.q_proj`.
     """
-    kernels = {path for path in tree.flatten(params) if path.endswith(KERNELS)}
+    kernels = {path for path in tree.flatten(params) if path.endswith(KERNELS)} - {SCORE}
     linear = kernels - {*ENDS, *GATES} if "all-linear" in parts(targets) else set()
     return linear | find(kernels, [target for target in parts(targets) if target != "all-linear"], option)
 

@@ -246,7 +246,7 @@ def test_longrope_by_all_its_names(name):
 REFUSED = [
     ({"model_type": "gpt2"}, f"model_type='gpt2' is not supported; supported are {', '.join(FAMILIES)}"),
     ({"model_type": None}, "model_type=None"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*needs LlamaForCausalLM"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "needs LlamaForCausalLM or LlamaForSequenceClassification"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
     ({"attention_dropout": 0.1}, "attention_dropout=0.1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sftjax.config import UserError
@@ -22,9 +23,9 @@ from sftjax.models.families import (
     qwen3_moe,
     smollm3,
 )
-from sftjax.models.families.common import Family, Name
+from sftjax.models.families.common import Family, Name, labels
 
-__all__ = ["FAMILIES", "Family", "Name", "config_from_hf", "family_of"]
+__all__ = ["FAMILIES", "Family", "Name", "config_from_hf", "config_to_hf", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
@@ -51,8 +52,9 @@ def family_of(raw: dict[str, Any]) -> Family:
         raise UserError(f"model_type={kind!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     classes = raw.get("architectures") or [family.architecture]
-    if classes != [family.architecture]:
-        raise UserError(f"architectures={classes} is not supported for model_type {kind!r}; it needs {family.architecture}")
+    if classes not in [[known] for known in family.classes]:
+        needs = " or ".join(family.classes)
+        raise UserError(f"architectures={classes} is not supported for model_type {kind!r}; it needs {needs}")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise UserError(f"quantization_config (quant_method {method!r}) is not supported; use the unquantised checkpoint")
@@ -61,4 +63,21 @@ def family_of(raw: dict[str, Any]) -> Family:
 
 def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     """A config.json as a DecoderConfig. Raises UserError that names the key at fault."""
-    return family_of(raw).config_from_hf(raw)
+    family = family_of(raw)
+    config = family.config_from_hf(raw)
+    if raw.get("architectures") in (None, [], [family.architecture]):
+        return config
+    return replace(config, labels=labels(raw), tied=False)
+
+
+def config_to_hf(config: DecoderConfig, raw: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json `raw` with what training changed: the vocabulary's size, the head. Raises UserError."""
+    family = family_of(raw)
+    out = family.config_to_hf(config, raw)
+    if not config.labels:
+        return out
+    if len(family.classes) == 1:
+        raise UserError(f"transformers has no class with a score head for model_type {raw['model_type']!r}")
+    out |= {"architectures": family.classes[1:], "id2label": {str(i): label for i, label in enumerate(config.labels)}}
+    out |= {"label2id": {label: i for i, label in enumerate(config.labels)}}
+    return out | ({"problem_type": "single_label_classification"} if len(config.labels) > 1 else {})

@@ -59,7 +59,7 @@ def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
         node, _, kind = path.rpartition("/")
         layered, module = node.startswith("layers/"), called[node.removeprefix("layers/")]
         lead = 0 if not layered else 2 if "experts/" in node else 1
-        prefix = "model.layers.{}." if layered else "" if node == "head" else "model."
+        prefix = "model.layers.{}." if layered else "" if node in ("head", "score") else "model."
         suffix = "bias" if kind == "bias" else "weight"
         table[path] = Name(f"{prefix}{module}.{suffix}", leaf.shape[lead:], kind == "kernel", leaf.shape[:lead])
     return table
@@ -78,6 +78,13 @@ class Family:
     config_from_hf: Callable[[dict[str, Any]], DecoderConfig]
     modules: Mapping[str, str] = field(default_factory=dict)  # where its tensors are called otherwise than `targets.MODULES`
     config_to_hf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = config_to_hf
+    classifier: str | None = ""  # the class with a score head; "" = called alike, None = transformers has none
+
+    @property
+    def classes(self) -> list[str]:
+        """What `architectures` may say: with a head over the vocabulary, then with a score head."""
+        alike = self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        return [self.architecture, *([] if self.classifier is None else [self.classifier or alike])]
 
     def names(self, config: DecoderConfig) -> dict[str, Name]:
         """`{path of our leaf: its Name}` for every leaf the config has."""
@@ -152,6 +159,16 @@ def windows(kinds: Sequence[str], width: int | None, keys: str = "sliding_window
     if width is None:
         raise UserError(f"layer_types asks for sliding_attention, but {keys} not give a window")
     return tuple(width if kind == SLIDING else None for kind in kinds)
+
+
+def labels(raw: dict[str, Any]) -> tuple[str, ...]:
+    """What the numbers of a score head mean: `id2label`, or LABEL_0 and so on where the file is silent, as in transformers."""
+    named = raw.get("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(size(raw, "num_labels", 2)))
+    if not isinstance(named, dict) or {str(key) for key in named} != {str(i) for i in range(len(named))} or not named:
+        raise UserError(f"id2label={named!r} does not name the labels 0, 1, ...")
+    return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
 def layer_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:

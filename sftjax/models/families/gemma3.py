@@ -37,4 +37,4 @@ def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     )
 
 
-FAMILY = Family("Gemma3ForCausalLM", config_from_hf)
+FAMILY = Family("Gemma3ForCausalLM", config_from_hf, classifier="Gemma3TextForSequenceClassification")

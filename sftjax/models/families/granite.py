@@ -20,4 +20,4 @@ def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     )
 
 
-FAMILY = Family("GraniteForCausalLM", config_from_hf)
+FAMILY = Family("GraniteForCausalLM", config_from_hf, classifier=None)

@@ -1,0 +1,42 @@
+"""What a confusion matrix says: counts [C, C] of texts of label i (rows) that were taken for label j (columns).
+
+precision  of those taken for a label, the share that is of it        recall  of those of a label, the share found
+F1         2 tp / (2 tp + fp + fn)        macro-F1  the mean of F1 over the labels that occur
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def scores(counts: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
+    """{"accuracy", "macro_f1", "majority", "per_class": {label: {"precision", "recall", "f1", "count"}}, "confusion"}.
+
+    `majority` is the accuracy of always saying the commonest label. Plain values, as JSON holds them; {} where nothing counts.
+    A share of nothing is 0.
+    """
+    total = int(counts.sum())
+    if not total:
+        return {}
+    right, true, said = np.diag(counts), counts.sum(1), counts.sum(0)
+    f1 = share(2 * right, true + said)
+    per_class = {
+        label: {"precision": p, "recall": r, "f1": f, "count": n}
+        for label, p, r, f, n in zip(
+            labels, share(right, said).tolist(), share(right, true).tolist(), f1.tolist(), true.tolist(), strict=True
+        )
+    }
+    return {
+        "accuracy": float(right.sum() / total),
+        "macro_f1": float(f1[true > 0].mean()),
+        "majority": float(true.max() / total),
+        "per_class": per_class,
+        "confusion": counts.tolist(),
+    }
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part / np.maximum(whole, 1)

@@ -1,0 +1,96 @@
+"""Classification: rows of text and label. `classify.by` says how: the label is generated, or a linear head scores each label.
+
+label   the label is the answer to data.label_prompt, as any other answer: supervised fine-tuning
+head    score = h_T @ W of the text's last token, -log softmax(score)[label]; out comes a ...ForSequenceClassification
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sftjax import tree
+from sftjax.config import UserError
+from sftjax.data.rows import Rows
+from sftjax.evaluate import classes
+from sftjax.losses import neftune
+from sftjax.losses.classify import classify as cross_entropy
+from sftjax.losses.classify import predicted
+from sftjax.tasks import sft
+from sftjax.tasks.job import Job
+from sftjax.train.loop import to_devices
+
+
+def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
+    if config.classify.by == "label":
+        return sft.train(config, workdir, force=force)
+    job = Job(config, workdir, force=force)
+    labels = job.base.labels
+    weights = class_weights(config.classify.class_weights, labels, job.splits.train.labels())
+    tell_balance(job, labels, weights)
+    had_head = bool(job.base.source_config.labels or job.base.adapter)
+    before = confusion(job, tree.join(job.trainable, job.frozen), job.splits.eval) if had_head else None
+    noisy = neftune(job.forward, alpha=config.loss.neftune_alpha) if config.loss.neftune_alpha else job.forward
+    params, tally = job.fit(
+        loss=cross_entropy(noisy, class_weights=weights, label_smoothing=config.loss.label_smoothing),
+        eval_loss=cross_entropy(job.forward),
+    )
+    found = classes.scores(confusion(job, params, job.splits.eval), labels)
+    test = classes.scores(confusion(job, params, job.splits.test), labels)
+    if found:
+        right, majority = 100 * found["accuracy"], 100 * found["majority"]
+        job.say(f"held out: accuracy {right:.1f} % (the commonest label: {majority:.1f} %), macro-F1 {found['macro_f1']:.3f}")
+    extra: dict[str, Any] = {
+        "accuracy_before": (tally.before or {}).get("accuracy"),
+        "macro_f1_before": None if before is None else classes.scores(before, labels).get("macro_f1"),
+        **{f"test_{name}": test[name] for name in ("accuracy", "macro_f1") if test},
+    }
+    if found:
+        balance = {"labels": list(labels), "counts": counted(labels, job.splits.train.labels()), "weights": weights}
+        extra |= {name: found.pop(name) for name in ("accuracy", "macro_f1")} | {"classes": balance | found}
+    return job.finish(tally, extra=extra, samples=[])
+
+
+def class_weights(asked: Any, labels: Sequence[str], rows: np.ndarray) -> list[float]:
+    """What a text of each label counts; [] where all count the same. balanced: N / (C * texts of the label). Raises UserError."""
+    if asked == "none":
+        return []
+    if asked == "balanced":
+        counts = np.bincount(rows, minlength=len(labels))
+        return (len(rows) / (len(labels) * np.maximum(counts, 1))).tolist()
+    if strange := [label for label in asked if label not in labels]:
+        raise UserError(f"classify.class_weights: {strange[0]!r} is none of the labels {', '.join(labels)}")
+    return [float(asked.get(label, 1.0)) for label in labels]
+
+
+def counted(labels: Sequence[str], rows: np.ndarray) -> dict[str, int]:
+    return dict(zip(labels, np.bincount(rows, minlength=len(labels)).tolist()))
+
+
+def tell_balance(job: Job, labels: Sequence[str], weights: Sequence[float]) -> None:
+    """The labels of the training rows, with what each counts where they do not count alike."""
+    counts = counted(labels, job.splits.train.labels())
+    total, wide = sum(counts.values()), max(map(len, labels))
+    job.say(f"{len(labels)} labels of the training rows:")
+    for i, (label, n) in enumerate(counts.items()):
+        job.say(f"  {label:<{wide}}  {n:>9,}  {100 * n / total:5.1f} %" + (f"  counts {weights[i]:.3g}" if weights else ""))
+    if missing := [label for label, n in counts.items() if not n]:
+        job.say(f"warning: no training row has the label {', '.join(missing)}: the head cannot learn it")
+    elif not weights and max(counts.values()) > 4 * min(counts.values()):
+        job.say("the labels are uneven: --config.classify.class_weights=balanced makes the rare ones count more")
+
+
+def confusion(job: Job, params: Any, rows: Rows) -> np.ndarray:
+    """[C, C] counts over `rows`."""
+    C = len(job.base.labels)
+    count = jax.jit(predicted(job.forward))
+    with jax.set_mesh(job.mesh):
+        batches = [to_devices(batch, job.mesh) for batch in job.held_out(rows)]
+        found = jax.device_get([count(params, batch) for batch in batches])
+    return np.sum(found, axis=0) if found else np.zeros((C, C), np.int64)
