@@ -16,7 +16,7 @@ CHOICES = {
     "classify.by": ("label", "head"),
     "reward.loss": ("bradley_terry", "plackett_luce"),
     "model.dtype": (None, "float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full", "groups"),
+    "model.remat": ("none", "dots", "full", "offload"),
     "model.quantize": (None, "nf4", "int8"),
     "method": ("lora", "full", "freeze", "adapter", "tokens"),
     "lora.init": ("zero", "pissa", "olora"),
@@ -44,6 +44,7 @@ AT_LEAST = {
     "data.max_length": 2,
     "data.workers": 1,
     "loss.z_loss": 0,
+    "loss.router_balance": 0,
     "loss.neftune_alpha": 0,
     "dpo.sft_weight": 0,
     "dpo.ld_alpha": 0,
@@ -98,7 +99,7 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (ADAPTER, {"method": ("lora", "full", "freeze", "tokens")}),
     (ADAPTER, {"model.adapter": GIVEN}),
     (("loss.neftune_alpha", "data.loss_on", "data.template"), {"task": ("pretrain",)}),
-    (("loss.neftune_alpha", "loss.label_smoothing", "loss.z_loss"), {"task": ("dpo", "kto", "reward")}),
+    (("loss.neftune_alpha", "loss.label_smoothing", "loss.z_loss", "loss.router_balance"), {"task": ("dpo", "kto", "reward")}),
     (GENERATED, {"task": ("pretrain", "dpo", "kto", "reward")}),
     (("data.label_prompt",), {"task": ("dpo", "kto", "reward")}),
     (DPO, {"task": ("sft", "pretrain", "classify", "reward", "kto")}),
@@ -106,7 +107,10 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (CLASSIFY, {"task": ("sft", "pretrain", "reward", "dpo", "kto")}),
     (REWARD, {"task": ("sft", "pretrain", "classify", "dpo", "kto")}),
     (("classify.class_weights",), {"classify.by": ("label",)}),
-    (("loss.z_loss", "data.template", "data.loss_on", *GENERATED), {"task": ("classify",), "classify.by": ("head",)}),
+    (
+        ("loss.z_loss", "loss.router_balance", "data.template", "data.loss_on", *GENERATED),
+        {"task": ("classify",), "classify.by": ("head",)},
+    ),
     (("reward.margin",), {"reward.loss": ("plackett_luce",)}),
     (("data.loss_on",), {"task": ("reward",)}),  # an answer's reward is of the whole of it
     (("data.on_overlong",), {"task": ("pretrain",), "data.packing": (True,)}),  # documents are cut to fill rows

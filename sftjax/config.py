@@ -42,7 +42,7 @@ def default() -> ConfigDict:
     c.model.dtype = placeholder(str)  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
     c.model.scan = True  # one compiled layer body; False unrolls it
     # the backward pass recomputes: none = nothing, dots = all but products and attention, full = each layer from its input,
-    # groups = groups of layers from the first one's input: the least memory, and a forward pass more than full
+    # offload = the same, with the inputs kept in the host's memory
     c.model.remat = "dots"
 
     c.method = "lora"  # lora | full | freeze | adapter | tokens
@@ -89,6 +89,8 @@ def default() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.label_smoothing = 0.0
     c.loss.z_loss = 0.0
+    # of the balance of a mixture's routers beside the loss, arXiv:2101.03961; a checkpoint's own is its router_aux_loss_coef
+    c.loss.router_balance = 0.0
     c.loss.neftune_alpha = 0.0  # 0 = off; 5 is the paper's choice, arXiv:2310.05914
 
     c.classify = ConfigDict()  # task classify

@@ -2,16 +2,16 @@
 
     o_t = sum_s softmax_s(scale * q_t . k_s) v_s    over s <= t, segment(s) = segment(t), t - s < window
 
-A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2).
-
-Queries go in chunks; a chunk sees only the keys before its own end (and within its window), so causality halves the
-work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
+A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). On a TPU `models.splash` does
+all this. Elsewhere queries go in chunks, which see only the keys before their own end (and within the window), so causality
+halves the work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
 (arXiv:2205.14135, algorithm 4). Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from sftjax import sharding
 from sftjax.config import UserError
+from sftjax.models.splash import splash
 
 FAR = 2**30  # a window that sees everything
 MASKED = -1e30  # finite, so that a fully masked row gives a uniform mean and never nan
@@ -34,19 +35,21 @@ def attention(
     v: Array,
     segments: Array,
     *,
-    window: int | Array | None = None,
+    windows: tuple[int | None, ...] = (None,),
+    which: Array | None = None,
     scale: float,
     softcap: float | None = None,
 ) -> Array:
     """q [B, T, N, H], k and v [B, T, K, H], segments [B, T] -> [B, T, N, H] in q's dtype.
 
-    `window` counts the keys a query sees, its own included; an Array where it differs from layer to layer of a scan.
+    A window counts the keys a query sees, its own included; None is all. Where layers of a scan differ, `which` of the
+    windows holds in this one: a traced number, since each window is a program of its own, which skips what it never sees.
     """
-    fn = partial(_attention, how=How(window if isinstance(window, int) else None, scale, softcap))
-    window = jnp.asarray(FAR if window is None else window, jnp.int32)
+    fn = partial(_splash if jax.default_backend() == "tpu" else _attention, how=How(windows, scale, softcap))
+    which = jnp.zeros((), jnp.int32) if which is None else which
     mesh = sharding.mesh_in_use()
     if mesh is None:
-        return fn(q, k, v, segments, window)
+        return fn(q, k, v, segments, which)
     if k.shape[2] % mesh.shape[sharding.HEADS]:  # the kernels' columns may divide where heads do not
         raise UserError(
             f"mesh.tensor={mesh.shape[sharding.HEADS]} does not divide the model's {k.shape[2]} key-value heads; "
@@ -56,7 +59,7 @@ def attention(
     heads = P(sharding.BATCH, None, sharding.HEADS, None)
     return jax.shard_map(
         fn, mesh=mesh, in_specs=(heads, heads, heads, P(sharding.BATCH, None), P()), out_specs=heads, check_vma=False
-    )(q, k, v, segments, window)
+    )(q, k, v, segments, which)
 
 
 def cached_attention(
@@ -66,7 +69,8 @@ def cached_attention(
     layer: Any,
     positions: Array,
     *,
-    window: int | Array | None,
+    windows: tuple[int | None, ...] = (None,),
+    which: Array | None = None,
     scale: float,
     softcap: float | None = None,
 ) -> Array:
@@ -75,6 +79,7 @@ def cached_attention(
     Slot s holds position s; what lies beyond a query's position is not seen.
     """
     S = v.shape[3]
+    window = jnp.asarray([FAR if w is None else w for w in windows])[0 if which is None else which]
 
     def attend(n: int) -> Array:
         return _cached(q, k[layer, ..., :n], v[layer, ..., :n, :], positions, window, scale, softcap)
@@ -88,9 +93,7 @@ def cached_attention(
     )
 
 
-def _cached(
-    q: Array, k: Array, v: Array, positions: Array, window: int | Array | None, scale: float, softcap: float | None
-) -> Array:
+def _cached(q: Array, k: Array, v: Array, positions: Array, window: Array, scale: float, softcap: float | None) -> Array:
     """k [B, K, H, S], v [B, K, S, H]."""
     B, T, N, H = q.shape
     K, S = v.shape[1:3]
@@ -99,7 +102,7 @@ def _cached(
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     scores = _capped(jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale, softcap)
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
-    seen = (behind >= 0) & (behind < (FAR if window is None else window))
+    seen = (behind >= 0) & (behind < window)
     scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
     y = jnp.einsum("bkms,bksh->bkmh", probs, v).reshape(B, K, G, T, H)
@@ -113,12 +116,24 @@ def _capped(scores: Array, softcap: float | None) -> Array:
 class How(NamedTuple):
     """What a program is made for."""
 
-    window: int | None  # where all layers share it
+    windows: tuple[int | None, ...]
     scale: float
     softcap: float | None
 
 
-def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, how: How) -> Array:
+def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
+    def run(window: int | None) -> Array:
+        return splash(q, k, v, segments, window=window, scale=how.scale, softcap=how.softcap)
+
+    return _in_window(how, which, run)
+
+
+def _in_window(how: How, which: Array, run: Callable[[int | None], Any]) -> Any:
+    """`run(window)` of the window that holds."""
+    return jax.lax.switch(which, [partial(run, window) for window in how.windows])
+
+
+def _attention(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
@@ -130,7 +145,7 @@ def _attention(q: Array, k: Array, v: Array, segments: Array, window: Array, *, 
     one = partial(_heads, how)
 
     def row(q: Array, k: Array, v: Array, segments: Array) -> Array:  # [K, G, T, H], [K, T, H], [T]
-        return _each(lambda x: one(*x, segments, window), (q, k, v))
+        return _each(lambda x: one(*x, segments, which), (q, k, v))
 
     o = _each(lambda x: row(*x), (q, k, v, segments))
     return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(dtype)
@@ -148,27 +163,34 @@ def _chunks(T: int, window: int | None) -> list[tuple[int, int, int]]:
     return [(t, max(0, t - window + 1) if window else 0, min(t + C, T)) for t in starts]
 
 
-def _scores(how: How, q: Array, k: Array, segments: Array, window: Array, t: int, s: int, end: int) -> Array:
+def _scores(how: How, window: int | None, q: Array, k: Array, segments: Array, t: int, s: int, end: int) -> Array:
     """Masked scores of queries t:end against keys s:end, [G, C, S] float32."""
     scores = jnp.einsum("gth,sh->gts", q[:, t:end], k[s:end], preferred_element_type=jnp.float32)
     scores = _capped(scores * how.scale, how.softcap)
     behind = jnp.arange(t, end)[:, None] - jnp.arange(s, end)
-    seen = (behind >= 0) & (behind < window) & (segments[t:end, None] == segments[None, s:end])
+    seen = (behind >= 0) & (behind < (window or FAR)) & (segments[t:end, None] == segments[None, s:end])
     return jnp.where(seen, scores, MASKED)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _heads(how, q, k, v, segments, window):
+def _heads(how, q, k, v, segments, which):
     """One kv head and its G query heads: q [G, T, H], k and v [T, H] -> [G, T, H]."""
-    return _heads_fwd(how, q, k, v, segments, window)[0]
+    return _heads_fwd(how, q, k, v, segments, which)[0]
 
 
-def _heads_fwd(how, q, k, v, segments, window):
+def _heads_fwd(how, q, k, v, segments, which):
+    o, lse = _in_window(how, which, lambda window: _forward(how, window, q, k, v, segments))
+    q, k, v, o, lse = checkpoint_name((q, k, v, o, lse), "attention")
+    return o, (q, k, v, segments, which, o, lse)
+
+
+def _forward(how, window, q, k, v, segments):
+    """The output and log-sum-exp of every query."""
     outs: list[Array] = []
     lses: list[Array] = []
-    for t, s, end in _chunks(q.shape[1], how.window):
+    for t, s, end in _chunks(q.shape[1], window):
         q, outs = jax.lax.optimization_barrier((q, outs))  # a chunk after the other: together their scores would be [T, T]
-        scores = _scores(how, q, k, segments, window, t, s, end)
+        scores = _scores(how, window, q, k, segments, t, s, end)
         top = scores.max(-1, keepdims=True)
         e = jnp.exp(scores - top)
         total = e.sum(-1, keepdims=True)
@@ -176,19 +198,23 @@ def _heads_fwd(how, q, k, v, segments, window):
             (jnp.einsum("gts,sh->gth", e.astype(v.dtype), v[s:end], preferred_element_type=jnp.float32) / total).astype(q.dtype)
         )
         lses.append(top + jnp.log(total))
-    o, lse = jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
-    q, k, v, o, lse = checkpoint_name((q, k, v, o, lse), "attention")
-    return o, (q, k, v, segments, window, o, lse)
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 
 
 def _heads_bwd(how, residuals, do):
-    q, k, v, segments, window, o, lse = residuals
+    q, k, v, segments, which, o, lse = residuals
+    gradients = _in_window(how, which, lambda window: _backward(how, window, q, k, v, segments, o, lse, do))
+    return *gradients, None, None
+
+
+def _backward(how, window, q, k, v, segments, o, lse, do):
+    """dq, dk and dv."""
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
     # dk and dv are [H, T] until the end: as [T, H] they would have a CPU transpose the scores, not the queries
     dq, dk, dv = [], jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
-    for t, s, end in _chunks(q.shape[1], how.window):
+    for t, s, end in _chunks(q.shape[1], window):
         q, k, do, dk, dv = jax.lax.optimization_barrier((q, k, do, dk, dv))
-        scores = _scores(how, q, k, segments, window, t, s, end)
+        scores = _scores(how, window, q, k, segments, t, s, end)
         p = jnp.exp(scores - lse[:, t:end])
         dp = jnp.einsum("gth,sh->gts", do[:, t:end], v[s:end], preferred_element_type=jnp.float32)
         ds = p * (dp - delta[:, t:end]) * how.scale
@@ -198,7 +224,7 @@ def _heads_bwd(how, residuals, do):
         dq.append(jnp.einsum("gts,sh->gth", ds, k[s:end]))
         dk = dk.at[:, s:end].add(jnp.einsum("gth,gts->hs", q[:, t:end], ds, preferred_element_type=jnp.float32))
         dv = dv.at[:, s:end].add(jnp.einsum("gth,gts->hs", do[:, t:end], p.astype(do.dtype), preferred_element_type=jnp.float32))
-    return jnp.concatenate(dq, 1), dk.T.astype(k.dtype), dv.T.astype(v.dtype), None, None
+    return jnp.concatenate(dq, 1), dk.T.astype(k.dtype), dv.T.astype(v.dtype)
 
 
 _heads.defvjp(_heads_fwd, _heads_bwd)

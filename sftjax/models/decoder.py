@@ -10,13 +10,13 @@ module: `head(params, config)` is a weight [D, V], so that losses apply it to bl
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from sftjax import sharding
 from sftjax.data.batch import Batch
@@ -30,7 +30,9 @@ from sftjax.weights import kinds
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "groups": jax.checkpoint_policies.nothing_saveable,  # nor the inputs of layers within a group of them
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(), names_which_can_be_offloaded=("layer",), offload_src="device", offload_dst="pinned_host"
+    ),
 }
 
 
@@ -62,6 +64,24 @@ class Output(NamedTuple):
     routed: Routed | None = None
 
 
+class PerLayer(NamedTuple):
+    """What layers differ in, by their number: each [L], or None where all are alike."""
+
+    number: Array
+    window: Array | None  # which of the distinct windows
+    rope: Array | None  # which of the distinct rotary embeddings
+
+
+def distinct(each: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(each))
+
+
+def which(each: tuple[Any, ...]) -> Array | None:
+    """The number that each one has among the distinct, [L], or None where all are alike."""
+    found = distinct(each)
+    return jnp.asarray([found.index(one) for one in each], jnp.int32) if len(found) > 1 else None
+
+
 class Attention(nn.Module):
     config: DecoderConfig
 
@@ -72,8 +92,7 @@ class Attention(nn.Module):
         rotary: tuple[Array, Array],
         segments: Array,
         positions: Array,
-        window: Any,
-        layer: Any,
+        per_layer: PerLayer,
         cache: Cache | None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
@@ -93,21 +112,18 @@ class Attention(nn.Module):
         q, k = norm("q_norm", q, c.heads), norm("k_norm", k, c.kv_heads)
         q, k, v = (y.reshape(B, T, n, c.head_dim) for y, n in zip((q, k, v), sizes.values()))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
+        how: dict[str, Any] = {
+            "windows": distinct(c.windows) or (None,),
+            "which": per_layer.window,
+            "scale": c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale,
+            "softcap": c.attn_softcap,
+        }
         if cache is None:
-            y = attention.attention(q, k, v, segments, window=window, scale=scale, softcap=c.attn_softcap)
+            y = attention.attention(q, k, v, segments, **how)
         else:
-            cache = cache.write(layer, positions, k, v)
-            y = attention.cached_attention(q, *cache, layer, positions, window=window, scale=scale, softcap=c.attn_softcap)
+            cache = cache.write(per_layer.number, positions, k, v)
+            y = attention.cached_attention(q, *cache, per_layer.number, positions, **how)
         return Dense(c.width, c.o_bias, c.init_std, name="o")(y.reshape(B, T, -1)), cache
-
-
-class PerLayer(NamedTuple):
-    """What layers differ in, by their number: each [L], or None where all are alike."""
-
-    number: Array
-    window: Array | None
-    rope: Array | None  # which of the distinct rotary embeddings
 
 
 class Block(nn.Module):
@@ -119,7 +135,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[Array, Cache | None], Routed | None]:
         c = self.config
         x, cache = carry
-        window = uniform_window(c) if per_layer.window is None else per_layer.window
+        x = checkpoint_name(x, "layer")
         rotary = rotaries[0] if per_layer.rope is None else jax.tree.map(lambda *each: jnp.stack(each)[per_layer.rope], *rotaries)
 
         def before(name: str, x: Array) -> Array:
@@ -131,7 +147,7 @@ class Block(nn.Module):
             return sharding.constrain(x + c.residual_scale * y, sharding.BATCH, None, None)
 
         y = before("attn_norm", x)
-        y, cache = Attention(c, name="attn")(y, rotary, segments, positions, window, per_layer.number, cache)
+        y, cache = Attention(c, name="attn")(y, rotary, segments, positions, per_layer, cache)
         x = add(x, "attn_post_norm", y)
         # Hugging Face calls two different norms post_attention_layernorm, and so two names here
         y = before("mlp_pre_norm" if c.post_norms else "mlp_norm", x)
@@ -165,65 +181,31 @@ class Decoder(nn.Module):
         x = Embed(c.vocab, c.width, self.dtype, c.init_std, name="embed")(tokens)
         x *= jnp.asarray(c.embed_scale, x.dtype)
         x = sharding.constrain(on_embed(x) if on_embed else x, sharding.BATCH, None, None)
-        ropes = list(dict.fromkeys(c.ropes or (c.rope,)))
-        rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r) for r in ropes]
-        per_layer = PerLayer(
-            jnp.arange(c.layers),
-            jnp.asarray([attention.FAR if w is None else w for w in c.windows], jnp.int32) if len(set(c.windows)) > 1 else None,
-            jnp.asarray([ropes.index(r) for r in c.ropes]) if len(ropes) > 1 else None,
-        )
+        rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r) for r in distinct(c.ropes) or (c.rope,)]
+        per_layer = PerLayer(jnp.arange(c.layers), which(c.windows), which(c.ropes))
         stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}
         carry, routed = (x, cache), list[Any]()
         for name, (start, end) in stacks.items():
             if start < end:
                 here = jax.tree.map(lambda x, start=start, end=end: x[start:end], per_layer)
-                carry, of_stack = self.stack(end - start, name, carry, here, rotaries, segments, positions)
+                carry, of_stack = self.stack(end - start, name)(carry, here, rotaries, segments, positions)
                 routed.append(of_stack)
         x, cache = carry
         x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x) * jnp.asarray(c.logit_scale, x.dtype)
         return x, cache, jax.tree.map(lambda *each: jnp.concatenate(each), *routed)
 
-    def stack(self, length: int, name: str, carry: Any, per_layer: PerLayer, *shared: Any) -> Any:
-        """`length` blocks as one scanned body, or as a scan of scans over groups of them."""
-
-        def scan(body: Any, length: int) -> Any:
-            return nn.scan(
-                body,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=length,
-                unroll=1 if self.scan else length,
-            )
-
-        def remat(body: Any) -> Any:
-            return nn.remat(body, policy=REMAT[self.remat], prevent_cse=not self.scan)
-
-        block = Block if self.remat == "none" else remat(Block)
-        groups = group_count(length) if self.remat == "groups" else 1
-        if groups == 1:
-            return scan(block, length)(self.config, name=name)(carry, per_layer, *shared)
-        cut, uncut = partial(_regroup, (length,), (groups, -1)), partial(_regroup, (groups, length // groups), (length,))
-        layers = nn.map_variables(
-            scan(remat(scan(block, length // groups)), groups), "params", cut, uncut, init=self.is_initializing()
+    def stack(self, length: int, name: str) -> nn.Module:
+        """`length` blocks as one scanned body."""
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=length,
+            unroll=1 if self.scan else length,
         )
-        carry, routed = layers(self.config, name=name)(carry, cut(per_layer), *shared)
-        return carry, uncut(routed)
-
-
-def _regroup(old: tuple[int, ...], new: tuple[int, ...], stack: Any) -> Any:
-    """Every array's leading axes `old` as the axes `new`."""
-    return jax.tree.map(lambda x: x.reshape(*new, *x.shape[len(old) :]), stack)
-
-
-def group_count(layers: int) -> int:
-    """The number of equal groups that keeps the fewest inputs, those of the groups and those of one group's layers."""
-    return min((n for n in range(1, layers + 1) if layers % n == 0), key=lambda n: n + layers // n)
-
-
-def uniform_window(c: DecoderConfig) -> int | None:
-    """The window that all layers share, or None."""
-    return c.windows[0] if c.windows and len(set(c.windows)) == 1 else None
+        return layers(self.config, name=name)
 
 
 def head(params: Any, c: DecoderConfig) -> kinds.Weight:

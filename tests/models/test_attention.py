@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from sftjax.models.attention import FAR, attention
+from sftjax.models.splash import splash
 
 
-def naive(q, k, v, segments, *, window=None, scale):
+def naive(q, k, v, segments, *, window=None, scale, softcap=None):
     """The definition, with its [B, N, T, T] scores."""
     T, groups = q.shape[1], q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
     behind = jnp.arange(T)[:, None] - jnp.arange(T)
     seen = (behind >= 0) & (behind < (FAR if window is None else window))
     seen = seen & (segments[:, :, None] == segments[:, None, :])
@@ -32,12 +34,12 @@ def inputs(T, B=2, N=4, K=2, H=6, seed=0):
     return tuple(map(jnp.asarray, (q, k, v, segments.astype(np.int32), do)))
 
 
-def both(fn, q, k, v, segments, do, window=None):
+def both(fn, q, k, v, segments, do, **how):
     """The output and the gradients of q, k and v."""
 
     @jax.jit
     def run(q, k, v, segments, do):
-        o, pull = jax.vjp(lambda q, k, v: fn(q, k, v, segments, window=window, scale=0.4), q, k, v)
+        o, pull = jax.vjp(lambda q, k, v: fn(q, k, v, segments, scale=0.4, **how), q, k, v)
         return o, *pull(do)
 
     return run(q, k, v, segments, do)
@@ -47,24 +49,38 @@ def both(fn, q, k, v, segments, do, window=None):
 @pytest.mark.parametrize("T, window", [(1, None), (70, 5), (128, None), (300, None), (300, 50), (300, 200), (2100, None)])
 def test_output_and_gradients_equal_the_definition(T, window):
     x = inputs(T) if T < 2048 else inputs(T, B=1, N=2, K=1, H=4)
-    for ours, exact in zip(both(attention, *x, window=window), both(naive, *x, window=window)):
+    for ours, exact in zip(both(attention, *x, windows=(window,)), both(naive, *x, window=window)):
         np.testing.assert_allclose(ours, exact, atol=2e-5)
 
 
-def test_a_traced_window_is_the_same_window():
-    x = inputs(200)
-    run = jax.jit(lambda window: both(attention, *x, window=window))  # one program for all windows, as in a scan over layers
-    for window in (1, 60, FAR):
-        for ours, exact in zip(run(jnp.asarray(window)), both(naive, *x, window=window)):
+def test_a_traced_choice_of_windows_is_the_window_chosen():
+    x, windows = inputs(200), (1, 60, None)
+    run = jax.jit(lambda which: both(attention, *x, windows=windows, which=which))  # one program, as in a scan over layers
+    for which, window in enumerate(windows):
+        for ours, exact in zip(run(jnp.asarray(which)), both(naive, *x, window=window)):
             np.testing.assert_allclose(ours, exact, atol=2e-5)
+
+
+def test_a_soft_cap_bounds_the_scores():
+    x = inputs(150)
+    for ours, exact in zip(both(attention, *x, softcap=0.7), both(naive, *x, softcap=0.7)):
+        np.testing.assert_allclose(ours, exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("T, window, softcap", [(70, 5, 0.7), (150, None, None)])
+def test_the_kernel_of_a_tpu_is_the_same_function(T, window, softcap):
+    x = inputs(T, B=1, N=4, K=2, H=16)
+    kernel = partial(splash, window=window, softcap=softcap, interpret=True)
+    for ours, exact in zip(both(kernel, *x), both(naive, *x, window=window, softcap=softcap)):
+        np.testing.assert_allclose(ours, exact, atol=2e-5)
 
 
 def test_vmapped_on_accelerators_equals_mapped_on_cpu(monkeypatch):
     x = inputs(150)
-    mapped = both(attention, *x, window=40)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    mapped = both(attention, *x, windows=(40,))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert "while" not in jax.jit(partial(attention, scale=0.4)).lower(*x[:4]).as_text()  # it is the other path
-    for a, b in zip(both(attention, *x, window=40), mapped):
+    for a, b in zip(both(attention, *x, windows=(40,)), mapped):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -1,7 +1,6 @@
 """The decoder says what transformers says, and says it however it is padded, packed, scanned, recomputed, cut or cached."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from sftjax.hf.load import load_config, load_params
 from sftjax.hf.verify import score
 from sftjax.losses import masked_xent
 from sftjax.models.config import Rope
-from sftjax.models.decoder import Decoder, forward, group_count, init_cache
+from sftjax.models.decoder import Decoder, forward, init_cache
 from sftjax.weights import select
 from sftjax.weights.kinds import matmul
 
@@ -47,13 +46,13 @@ TWO_BASES = {"full_attention": YARN | {"rope_theta": 3000.0}, "sliding_attention
 SCALES = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 2.5}
 NOPE = {"no_rope_layers": [0, 1, 0]}
 
+
 def long(n):
     """longrope that tells every one of n frequencies from the others."""
     return {"rope_type": "longrope", "short_factor": [1 + 0.1 * i for i in range(n)], "long_factor": [2.0 + i for i in range(n)]}
 
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28}
-
 
 CASES = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -97,6 +96,7 @@ CASES = {
     "granite-mqa-llama3": ("granite", {"num_key_value_heads": 1, "attention_multiplier": 0.1, "rope_parameters": LLAMA3}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, "head_dim": 20}),
     "smollm3-tied-windows": ("smollm3", NOPE | {"use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True}),
+    "smollm3-biases-yarn": ("smollm3", NOPE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
     "phi3-window": ("phi3", {"sliding_window": 20, "head_dim": 10, "tie_word_embeddings": True}),
     "phi3-longrope": ("phi3", {"rope_parameters": long(5), "original_max_position_embeddings": 64, "head_dim": 10}),
     "phi3-longrope-partial": (
@@ -125,7 +125,6 @@ CASES = {
         MOE | {"use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True, "num_experts": 5},
     ),
     "qwen3_moe-mha": ("qwen3_moe", MOE | {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 5}),
-    "smollm3-biases-yarn": ("smollm3", NOPE | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
 }
 T = 160
 ROWS = [[160], [100], [-70, 90], [70, 41, 49]]  # full, right-padded, left-padded, packed
@@ -213,7 +212,9 @@ def reference():
     return p, *value_and_grad(Decoder(MIX), p)
 
 
-@pytest.mark.parametrize("options", [{"scan": False}, {"remat": "dots"}, {"remat": "full", "scan": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"scan": False}, {"remat": "dots"}, {"remat": "full", "scan": False}, {"remat": "offload"}], ids=str
+)
 def test_unrolled_and_rematerialised_change_nothing(options, reference):
     p, loss, grads = reference
     again, grads_again = value_and_grad(Decoder(MIX, **options), p)
@@ -230,24 +231,6 @@ def test_rematerialisation_saves_less(reference):
         return sum(x.size for x in jax.tree.leaves(pull))
 
     assert saved("none") > saved("dots") > saved("full")
-
-
-def test_groups_of_layers_change_nothing_and_save_the_least():
-    deep = config(layers=9, windows=(9, None, 5, None, 7, 9, 3, None, 2))
-    p = select.cut(params(deep), 8)  # 0 | 1 2 3 4 | 5 6 7 8
-    assert group_count(8) == 2 and group_count(7) == 1 and group_count(32) == 4
-    init_shapes = jax.eval_shape(lambda: Decoder(deep, remat="groups", lower=1).init(jax.random.key(0), *(PACKED.tokens,) * 3))
-    assert jax.tree.map(jnp.shape, p) == jax.tree.map(jnp.shape, init_shapes["params"] | {"head": p["head"]})
-
-    def loss(remat):
-        of = masked_xent(forward(Decoder(deep, remat=remat, lower=1)))
-        return lambda p: of(p, PACKED, None)[0]
-
-    full, groups = (jax.jit(jax.value_and_grad(loss(remat)))(p) for remat in ("full", "groups"))
-    np.testing.assert_allclose(groups[0], full[0], rtol=1e-6)
-    assert_trees_close(groups[1], full[1])
-    saved = {r: sum(x.size for x in jax.tree.leaves(jax.eval_shape(partial(jax.vjp, loss(r)), p)[1])) for r in ("full", "groups")}
-    assert saved["full"] - saved["groups"] >= 6 * PACKED.tokens.size * deep.width
 
 
 def test_a_stack_cut_in_two_is_the_same_model(reference):
