@@ -6,19 +6,23 @@ model.layers.3.self_attn.q_proj  <->  layers/attn/q, 3      model.embed_tokens  
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from sftjax.weights.targets import MODULES
 
 EMBED, HEAD, SCORE = "model.embed_tokens", "lm_head", "score"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-NODES = {module: node for node, module in MODULES.items()}
 
 
-def node_of(module: str) -> tuple[str, int | None]:
-    """(node, layer) of a module, layer None outside the layers. A name that no table has comes back as it is."""
-    if match := LAYER.fullmatch(module):
-        return f"layers/{NODES.get(match[2], match[2])}", int(match[1])
-    return NODES.get(module.removeprefix("model."), module), None
+def node_of(module: str, nodes: Collection[str] = ()) -> tuple[str, int | None]:
+    """(node, layer) of a module, layer None outside the layers. A name that no table has comes back as it is.
+
+    One name may be of two nodes, in models with norms after attention and in others: the first that is among `nodes`.
+    """
+    match = LAYER.fullmatch(module)
+    lead, name = ("layers/", match[2]) if match else ("", module.removeprefix("model."))
+    found = [lead + node for node, called in MODULES.items() if called == name] or [lead + name if match else module]
+    return next((node for node in found if node in nodes), found[0]), int(match[1]) if match else None
 
 
 def module_of(node: str, layer: int | None = None) -> str:

@@ -37,8 +37,9 @@ def load_adapter(params: Any, directory: str | Path) -> Any:
     if "head/kernel" not in leaves and SCORE not in leaves:
         modules = _tied(directory, modules)
     found: dict[str, Layers] = {}
+    nodes = {path.rpartition("/")[0] for path in leaves}
     for name, module in modules.items():
-        node, layer = node_of(name)
+        node, layer = node_of(name, nodes)
         found.setdefault(node, {})[layer] = module
     for node, layers in found.items():
         paths = [path for path in leaves if path.rpartition("/")[0] == node]

@@ -15,6 +15,14 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
 }
+# what a family's class would otherwise choose for a model of another size
+OWN = {
+    "smollm3": {"pad_token_id": None, "eos_token_id": None},
+    "phi3": {"pad_token_id": None, "eos_token_id": None},
+    "mixtral": {"num_local_experts": 3},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+}
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +39,7 @@ def torch_model():
 
     def build(family, **changes):
         torch.manual_seed(0)
-        config = transformers.CONFIG_MAPPING[family](**SHAPE | changes)
+        config = transformers.CONFIG_MAPPING[family](**SHAPE | OWN.get(family, {}) | changes)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in model.parameters():

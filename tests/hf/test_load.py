@@ -14,9 +14,8 @@ from sftjax.hf import load as loading
 from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
 from sftjax.hf.tensors import Tensor, read, write
 from sftjax.hf.verify import score
+from sftjax.models.families import FAMILIES
 from sftjax.weights import quantize
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def load(directory, **options):

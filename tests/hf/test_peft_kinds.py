@@ -134,6 +134,21 @@ def test_what_a_tied_model_cannot_mean_is_refused_there_alone(options, source, b
         np.testing.assert_allclose(score(load_adapter(base[0], tmp_path), base[1], rows), theirs, atol=ATOL)
 
 
+def test_a_norm_of_two_meanings_is_the_one_that_the_model_has(torch_model, torch_scores, rows, tmp_path):
+    source = tmp_path / "base"
+    torch_model("gemma2").save_pretrained(source)
+    config = load_config(source)
+    params = load_params(source, config)
+    theirs = torch_scores(made(source, tmp_path / "in", modules_to_save=["post_attention_layernorm"]), rows)
+    loaded = load_adapter(params, tmp_path / "in")
+    np.testing.assert_allclose(score(loaded, config, rows), theirs, atol=ATOL)
+    assert np.abs(theirs - score(params, config, rows)).max() > 0.01
+    norms = saved(params, saved_modules(tmp_path / "in"))
+    assert norms == {"layers/attn_post_norm/scale"}
+    save_adapter(loaded, config, form="peft", source=source, out=tmp_path / "out", saved=norms)
+    np.testing.assert_allclose(torch_scores(with_torch(source, tmp_path / "out"), rows), theirs, atol=ATOL)
+
+
 GROWN = {
     "copies": {},
     "tokens": {"trainable_token_indices": [9, 62]},

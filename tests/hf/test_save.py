@@ -16,9 +16,8 @@ from sftjax.hf.load import load_config, load_params, read_json, resize_embedding
 from sftjax.hf.save import save
 from sftjax.hf.tensors import Tensor, read, read_dir, write
 from sftjax.hf.verify import score
+from sftjax.models.families import FAMILIES
 from sftjax.weights.lora import lora
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def load(directory, **options):
