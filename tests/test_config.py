@@ -213,6 +213,7 @@ OTHER = {
     "loss.neftune_alpha": "5",
     "loss.label_smoothing": "0.1",
     "loss.z_loss": "1e-4",
+    "loss.router_balance": "1e-3",
     "dpo.loss": "ipo",
     "dpo.beta": "0.2",
     "dpo.sft_weight": "0.2",

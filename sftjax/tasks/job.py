@@ -54,6 +54,7 @@ class Job:
         check_batch(config, self.mesh)
         self.base = Base(config)
         check_length(config, self.base)
+        check_routers(config, self.base)
         self.chat = self.base.chat
         self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
         self.say: Callable[[str], None] = say
@@ -251,6 +252,12 @@ def check_length(config: ConfigDict, base: Base) -> None:
             f"data.max_length={config.data.max_length} is more than the {limit} positions of {base.directory}; "
             f"use --config.data.max_length={limit}"
         )
+
+
+def check_routers(config: ConfigDict, base: Base) -> None:
+    """Refuses to balance routers that the model does not have."""
+    if (weight := config.loss.router_balance) and not base.source_config.experts:
+        raise UserError(f"loss.router_balance={weight:g}: {base.directory} has no experts to balance; leave it 0")
 
 
 def refuse_many_hosts() -> None:

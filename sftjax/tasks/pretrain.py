@@ -15,6 +15,6 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
     job = Job(config, workdir, force=force)
     c = config.loss
-    loss = masked_xent(job.forward, label_smoothing=c.label_smoothing, z_loss=c.z_loss)
+    loss = masked_xent(job.forward, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance)
     _, tally = job.fit(loss=loss, eval_loss=masked_xent(job.forward))
     return job.finish(tally, extra={}, samples=[])

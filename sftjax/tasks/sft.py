@@ -23,7 +23,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     c = config.loss
     noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
     params, tally = job.fit(
-        loss=masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss),
+        loss=masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance),
         eval_loss=masked_xent(job.forward),
         answer=answers.now,
     )
