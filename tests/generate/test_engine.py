@@ -1,6 +1,7 @@
 """Answers are what the whole forward says, token by token, however prompts are cut into batches, blocks and caches."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -12,7 +13,7 @@ import tiny
 from sftjax import sharding, tree
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
-from sftjax.generate import engine as module
+from sftjax.generate import flight as module
 from sftjax.generate.engine import Engine, max_length
 from sftjax.hf.model import load
 from sftjax.models.config import Rope
@@ -39,7 +40,7 @@ def assert_greedy(model, params, prompts, answers, slack=1e-4):
         ids = [*p, *a.ids]
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
     positions = np.broadcast_to(np.arange(T), tokens.shape)
-    hidden, head = jax.jit(forward(model))(params, Batch(tokens, None, segments, positions))
+    hidden, head, _ = jax.jit(forward(model))(params, Batch(tokens, None, segments, positions))
     logits = np.asarray(matmul(hidden, head), np.float32)
     for row, (p, a) in enumerate(zip(prompts, answers)):
         at = logits[row, len(p) - 1 : len(p) - 1 + len(a.ids)]
@@ -199,6 +200,15 @@ def test_stop_strings_are_cut_exactly_even_within_tokens():
         assert a.ids == whole.ids[: where // 2 if a.stopped else None]
 
 
+def test_a_stream_is_the_answer_alone(unequal):
+    engine, _ = unequal
+    for row in (0, 5):
+        whole = engine.generate([MANY[row]], max_new_tokens=60)[0]
+        assert list(engine.stream(MANY[row], max_new_tokens=60)) == whole.ids
+    stream = Engine(Decoder(CONFIG), PARAMS).stream(MANY[0], max_new_tokens=60)
+    assert len([next(stream) for _ in range(3)]) == 3  # one that is left is left
+
+
 def test_the_models_positions_are_the_end():
     engine = Engine(Decoder(CONFIG), PARAMS)
     short, full = engine.generate([[1], [1] * 120], max_new_tokens=1000)
@@ -212,13 +222,69 @@ def test_the_models_positions_are_the_end():
     assert engine.generate([], max_new_tokens=1) == []
 
 
+def programs():
+    return [fn._cache_size() for fn in (module._vacant, module._prefill, module._enter, module._decode, module._grow)]
+
+
 def test_a_like_request_compiles_nothing():
     engine = Engine(Decoder(CONFIG), PARAMS)
     engine.generate(PROMPTS, max_new_tokens=9, temperature=0.5)
-    programs = [fn._cache_size() for fn in (module._prefill, module._first, module._decode)]
+    before = programs()
     other = Engine(Decoder(CONFIG), tiny.params(CONFIG, seed=1))
     other.generate([p[1:] + p for p in PROMPTS if len(p) < 20] * 2, max_new_tokens=23, temperature=0.9, seed=5)
-    assert [fn._cache_size() for fn in (module._prefill, module._first, module._decode)] == programs
+    assert programs() == before
+
+
+MANY = [RNG.integers(0, CONFIG.vocab, n).tolist() for n in RNG.integers(1, 60, 24)]
+
+
+@pytest.fixture(scope="module")
+def unequal():
+    """An engine whose answers to MANY are of very unequal lengths, and each answer alone."""
+    free = Engine(Decoder(CONFIG), PARAMS).generate(MANY, max_new_tokens=60, temperature=1.0)
+    stops = [t for t, _ in Counter(t for a in free for t in a.ids).most_common(2)]
+    engine = Engine(Decoder(CONFIG), PARAMS, stop_ids=stops)
+    alone = engine.generate(MANY, max_new_tokens=60, temperature=1.0, batch_size=len(MANY))
+    assert len({len(a.ids) for a in alone}) > 8
+    return engine, alone
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_slot_taken_over_changes_no_answer(unequal, batch_size):
+    """Whatever a slot held before and whoever goes on beside it: greedily by the whole forward, at random by the key."""
+    engine, alone = unequal
+    assert engine.generate(MANY, max_new_tokens=60, temperature=1.0, batch_size=batch_size) == alone
+    assert_greedy(Decoder(CONFIG), PARAMS, MANY, engine.generate(MANY, max_new_tokens=60, batch_size=batch_size))
+
+
+def test_nobody_waits_for_the_longest(unequal, monkeypatch):
+    """Slots are refilled while others go on: hardly more steps than the work there is, and the short come first."""
+    engine, alone = unequal
+    steps = []
+    decode = module._decode
+
+    def counted(*args):
+        state, out = decode(*args)
+        steps.append(int((np.asarray(out) >= 0).any(0).sum()))
+        return state, out
+
+    monkeypatch.setattr(module, "_decode", counted)
+    came = [row for row, _ in engine.each(MANY, max_new_tokens=60, temperature=1.0, batch_size=4)]
+    lengths = [len(a.ids) for a in alone]
+    assert sorted(came) == list(range(len(MANY))) and came != sorted(came)
+    assert sum(steps) <= sum(lengths) / 4 + max(lengths)
+    order = sorted(range(len(MANY)), key=lambda i: len(MANY[i]))
+    batches = [order[i : i + 4] for i in range(0, len(order), 4)]
+    assert sum(steps) < 0.8 * sum(max(lengths[i] for i in batch) for batch in batches)  # what batch after batch takes
+
+
+def test_requests_of_any_number_and_length_share_few_programs(unequal):
+    engine, _ = unequal
+    before = programs()
+    for n in (17, 20, 24):
+        engine.generate([MANY[i] for i in range(n)], max_new_tokens=11 * n % 60, batch_size=16)
+    # prompts of 32 or 64 columns, a cache of 64 or 128
+    assert all(x - y <= limit for x, y, limit in zip(programs(), before, (2, 2, 4, 2, 1)))
 
 
 def test_sharded_equals_single():

@@ -31,7 +31,7 @@ def whole():
         ids = [*p, *c]
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
     positions = np.broadcast_to(np.arange(129), tokens.shape)
-    hidden, head = jax.jit(forward(Decoder(CONFIG)))(PARAMS, Batch(tokens, None, segments, positions))
+    hidden, head, _ = jax.jit(forward(Decoder(CONFIG)))(PARAMS, Batch(tokens, None, segments, positions))
     return np.asarray(jax.nn.log_softmax(matmul(hidden, head)))
 
 

@@ -1,0 +1,153 @@
+"""Tokens a second of greedy generation, beside transformers' `generate`, in one process and in turn.
+
+    python bench/generate.py --models CASE/model SHARED/data/hf_models/stories260K --out=bench/results/generate.md
+
+Both are given the same prompts (beginnings of a text, of unequal lengths; transformers' padded on the left as its manual says),
+make the same number of new tokens with no token ending an answer, and must make the same ones. Both are warmed up with the
+very request that is then timed; a time is the whole call's, from lists of ids to lists of ids; medians of --runs, in turn.
+transformers runs on one thread and on torch's own number, and the faster counts; XLA chooses for itself.
+
+The floor of a step is the larger of two times on this machine, both measured here: reading every weight once, and a row's
+products (2 FLOPs a parameter of a matrix) at the speed of a large matrix product. Attention, norms and the choice of a token
+are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import torch
+import transformers
+
+import sftjax
+from sftjax.generate.engine import Engine
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sft import hardware
+
+TEXT = "Once upon a time, there was a small dog. It had a red ball and it ran to the park, where the sun was warm. " * 2
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", required=True, nargs="+", type=Path, help="Hugging Face folders")
+    p.add_argument("--rows", nargs="+", type=int, default=[1, 32])
+    p.add_argument("--tokens", type=int, default=256, help="new ones, a row (default 256)")
+    p.add_argument("--runs", type=int, default=3)
+    p.add_argument("--out", type=Path, help="markdown file for the table")
+    a = p.parse_args()
+    read, multiply = bandwidth(), flops()
+    lines = ["|model|rows|transformers|its threads|sftjax|times|ms a step|floor ms|", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for folder, rows in itertools.product(a.models, a.rows):
+        lines.append(row(folder, rows, a.tokens, a.runs, read, multiply))
+        print(lines[-1], file=sys.stderr, flush=True)
+    text = "\n".join(
+        [
+            f"# Greedy generation, float32, on {hardware()}",
+            "",
+            f"`python bench/generate.py --models ... --rows {' '.join(map(str, a.rows))} --tokens={a.tokens} --runs={a.runs}`, "
+            f"{time.strftime('%Y-%m-%d')}, load average at the end {os.getloadavg()[0]:.1f}. jax {jax.__version__}; "
+            f"transformers {transformers.__version__}, torch {torch.__version__}, on one thread or on all, whichever is faster. "
+            f"New tokens a second over all rows, {a.tokens} a row, the same in both; million parameters that a step reads.",
+            f"The floor: {read / 1e9:.0f} GB/s read and {multiply / 1e9:.0f} GFLOP/s multiplied.",
+            "",
+            *lines,
+            "",
+        ]
+    )
+    print(text)
+    if a.out:
+        a.out.write_text(text)
+
+
+def row(folder: Path, rows: int, tokens: int, runs: int, read: float, multiply: float) -> str:
+    """One line of the table."""
+    model = sftjax.load(folder)
+    engine = Engine(model.module, model.params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=0)  # no end of a text
+    ids = model.tokenizer(TEXT)["input_ids"]
+    prompts = [ids[: 4 + i % 29] for i in range(rows)]
+
+    def ours() -> list[list[int]]:
+        return [answer.ids for answer in engine.generate(prompts, max_new_tokens=tokens)]
+
+    def transformers_on(threads: int) -> list[list[int]]:
+        torch.set_num_threads(threads)
+        return generate(theirs, prompts, tokens)
+
+    threads = sorted({1, torch.get_num_threads()})
+    mine, *others = timed([ours, *(functools.partial(transformers_on, n) for n in threads)], runs)
+    best = min(others)
+    c = model.module.config
+    read_once = sum(x.size for x in jax.tree.leaves(model.params)) - (0 if c.tied else c.vocab * c.width)
+    floor = max(4 * read_once / read, 2 * read_once * rows / multiply)
+    speeds = f"{rows * tokens / best:,.0f}|{threads[others.index(best)]}|{rows * tokens / mine:,.0f}|{best / mine:.1f}"
+    return f"|{name(folder)}, {read_once / 1e6:.2f} M|{rows}|{speeds}|{1e3 * mine / tokens:.3f}|{1e3 * floor:.3f}|"
+
+
+def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+    return out[:, longest:].tolist()
+
+
+def timed(contenders: list[Callable[[], list[list[int]]]], runs: int) -> list[float]:
+    """The median seconds of each, after one run that is not counted. Exits where they do not make the same tokens."""
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for run in range(runs + 1):
+        made = []
+        for contender, took in zip(contenders, seconds):
+            began = time.perf_counter()
+            made.append(contender())
+            if run:
+                took.append(time.perf_counter() - began)
+        for other in made[1:]:
+            for row, (x, y) in enumerate(zip(made[0], other)):
+                if x != y:
+                    at = next((t for t, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
+                    sys.exit(f"row {row} differs from its new token {at} on: {x[at:][:5]} and {y[at:][:5]}")
+    return [statistics.median(took) for took in seconds]
+
+
+def bandwidth(size: int = 2**26) -> float:
+    """Bytes a second that all cores read."""
+    x = jnp.ones(size, jnp.float32)
+    total = jax.jit(jnp.sum)
+    return 4 * size / fastest(lambda: total(x))
+
+
+def flops(size: int = 1024) -> float:
+    """Floating-point operations a second of a large product."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / fastest(lambda: product(x, x))
+
+
+def fastest(run: Callable[[], jax.Array], runs: int = 10) -> float:
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        run().block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def name(folder: Path) -> str:
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Flight: slots that decode together; where an answer ends, the next prompt takes its slot and the others go on.
+
+    join    right-padded prompts, R at a time, a block of columns at a time   [R, C] -> cache of P -> free rows of [B, S]
+    next    one compiled while_loop of up to CHUNK tokens; the host looks in between (stop strings, streaming, free slots)
+
+B, R, C, P and S are powers of two and the cache doubles when it is full, so that few programs serve all requests. What a
+slot held before needs no clearing: a cache holds position s at s, and a token sees no position beyond its own. A row's
+random numbers come from (seed, row, position), whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sftjax import sharding
+from sftjax.generate.sampling import Sampling, next_token
+from sftjax.generate.shapes import power
+from sftjax.models.decoder import Cache, Decoder, head, init_cache
+from sftjax.weights import kinds
+
+CHUNK = 32  # tokens a row between two looks of the host
+PREFILL = 2048  # prompt tokens at a time over all rows: bounds the scores [R, N, C, P]
+AHEAD = 256  # room for the answer that a new cache has
+APART = 2**31  # bytes of layers that a CPU takes apart
+
+
+class State(NamedTuple):
+    """The slots, all [B] but the cache."""
+
+    cache: Cache
+    token: Array  # the newest, not yet in the cache
+    position: Array  # that it will have; 0 in a free slot
+    left: Array  # how many more the row may make; 0 = ended
+    keys: Array  # [B, 2]
+    seen: Array | None  # [B, V]: tokens of prompt and answer, where repetition is penalised
+
+
+class Flight:
+    """`slots` rows on their way at most, each to `max_new` tokens or the model's `limit` of positions."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        *,
+        slots: int,
+        stops: Iterable[int],
+        limit: int,
+        max_new: int,
+        sampling: Sampling,
+        seed: int,
+    ):
+        self.model, self.params, self.sampling, self.seed = model, params, sampling, seed
+        self.stops = np.asarray(sorted(stops), np.int32)
+        self.limit, self.max_new = limit, max_new
+        self.B = power(slots, least=batch_shards())
+        self.R = max(batch_shards(), self.B // 8)
+        self.free = list(range(slots))[::-1]
+        self.position = np.zeros(self.B, int)  # of each slot's newest token
+        self.end_position = np.zeros(self.B, int)  # no token of its row gets so far
+        self.state: State | None = None
+        self.fresh: list[tuple[list[int], Array]] = []  # slots, and the first tokens that prefill made for them
+
+    def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """The slots that these rows, no more than are free, take from now on."""
+        slots = [self.free.pop() for _ in rows]
+        for i in range(0, len(slots), self.R):
+            self._join(slots[i : i + self.R], rows[i : i + self.R], prompts[i : i + self.R])
+        return slots
+
+    def _join(self, slots: list[int], rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        n, R, config = len(slots), self.R, self.model.config
+        lengths = np.ones(R, np.int32)
+        lengths[:n] = [len(p) for p in prompts]
+        left, ids, into = np.zeros((3, R), np.int32)  # rows that only fill the group have ended before they start
+        left[:n] = np.minimum(self.max_new, self.limit - lengths[:n])
+        ids[:n], into[:n], into[n:] = rows, slots, self.B  # and go nowhere
+        self.position[slots], self.end_position[slots] = lengths[:n], (lengths + left)[:n]
+
+        P = C = power(int(lengths.max()), least=32)
+        if config.rope.kind not in ("dynamic", "longrope"):  # their angles depend on the whole prompt's length
+            C = min(P, max(32, 1 << (PREFILL // R).bit_length() - 1))
+        tokens = np.zeros((R, P), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        penalised = self.sampling.repetition_penalty is not None
+        ends = int(self.end_position[slots].max())
+        self._reserve(power(min(int(lengths.max()) + AHEAD, ends), least=max(64, P)), penalised)
+
+        cache, last = _empty(self.model, R, P)
+        for start in range(0, int(lengths.max()), C):
+            cache, last = _prefill(self.model, self.params, cache, last, tokens[:, start : start + C], lengths, start)
+        seen = _seen(tokens, lengths, config.vocab) if penalised else None
+        self.state, first = _enter(
+            self.model, self.params, self.state, cache, last, into, lengths, left, ids, self.seed, seen, self.sampling, self.stops
+        )
+        self.fresh.append((slots, first))
+
+    def _reserve(self, length: int, penalised: bool = False) -> None:
+        """A cache of at least so many positions."""
+        if self.state is None:
+            self.state = _vacant(self.model, self.B, length, penalised)
+        elif length > self.length:
+            self.state = _grow(self.state, length)
+
+    @property
+    def length(self) -> int:
+        assert self.state is not None
+        return self.state.cache.v.shape[3]
+
+    def next(self, n: int = CHUNK, *, waiting: bool = False) -> dict[int, list[int]]:
+        """The next tokens, up to n, of each slot under way; a slot whose row has ended comes for the last time, and is free.
+
+        A row that has just joined brings the token that prefill made besides. `waiting`: come back as soon as R slots are free.
+        """
+        new: dict[int, list[int]] = {}
+        fresh, self.fresh = self.fresh, []
+        busy = np.flatnonzero(self.end_position)
+        assert self.state is not None
+        made = None
+        if n:
+            n = min(n, CHUNK)
+            needed = int(np.minimum(self.position + n, self.end_position)[busy].max())
+            self._reserve(power(needed, least=self.length))
+            least = len(busy) - self.R + 1 if waiting else 1
+            self.state, made = _decode(
+                self.model, self.params, self.state, self.sampling, self.stops, np.int32(n), np.int32(max(1, least))
+            )
+        firsts, made, left = jax.device_get(([f for _, f in fresh], made, self.state.left))
+        for (slots, _), first in zip(fresh, firsts):
+            new |= {slot: [int(token)] for slot, token in zip(slots, first)}
+        for slot in busy.tolist():
+            tokens = [] if made is None else made[slot][made[slot] >= 0].tolist()
+            self.position[slot] += len(tokens)
+            new.setdefault(slot, []).extend(tokens)
+        self._leave([slot for slot in new if not left[slot]])
+        return new
+
+    def end(self, slots: Sequence[int]) -> None:
+        """Ends the rows of these slots here, where they have not ended."""
+        going = [slot for slot in slots if slot not in self.free]
+        if going:
+            assert self.state is not None
+            at = np.asarray(going)
+            self.state = self.state._replace(left=self.state.left.at[at].set(0), position=self.state.position.at[at].set(0))
+            self._leave(going)
+
+    def _leave(self, slots: Sequence[int]) -> None:
+        self.free += slots
+        self.position[slots] = self.end_position[slots] = 0
+
+
+def _forward(model: Decoder, params: Any, tokens: Array, segments: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
+    hidden, cache, _ = model.apply({"params": params}, tokens, segments, positions, cache)  # type: ignore[assignment, misc]
+    return hidden, cache
+
+
+@partial(jax.jit, static_argnames=("model", "B", "S"))
+def _empty(model: Decoder, B: int, S: int) -> tuple[Cache, Array]:
+    return init_cache(model.config, B, S, model.dtype), jnp.zeros((B, model.config.width), model.dtype)
+
+
+@partial(jax.jit, static_argnames=("model", "B", "S", "penalised"))
+def _vacant(model: Decoder, B: int, S: int, penalised: bool) -> State:
+    token, position, left = jnp.zeros((3, B), jnp.int32)
+    seen = jnp.zeros((B, model.config.vocab), bool) if penalised else None
+    cache = init_cache(model.config, B, S, model.dtype)
+    return State(cache, token, position, left, jnp.zeros((B, 2), jnp.uint32), seen)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
+def _prefill(
+    model: Decoder, params: Any, cache: Cache, last: Array, tokens: Array, lengths: Array, start: Array
+) -> tuple[Cache, Array]:
+    """Columns [R, C] of the prompts into the cache from position `start`; `last` [R, D] keeps the hidden of each last token."""
+    R, C = tokens.shape
+    positions = jnp.broadcast_to(start + jnp.arange(C), (R, C))
+    real = (positions < lengths[:, None]).astype(jnp.int32)
+    hidden, cache = _forward(model, params, tokens, real, positions, cache)
+    at = lengths - 1 - start
+    mine = jnp.take_along_axis(hidden, jnp.clip(at, 0, C - 1)[:, None, None], 1)[:, 0]
+    return cache, jnp.where(((at >= 0) & (at < C))[:, None], mine, last)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _enter(
+    model: Decoder,
+    params: Any,
+    state: State,
+    cache: Cache,
+    last: Array,
+    slots: Array,
+    lengths: Array,
+    left: Array,
+    rows: Array,
+    seed: Array,
+    seen: Array | None,
+    sampling: Sampling,
+    stops: Array,
+) -> tuple[State, Array]:
+    """R prefilled rows into `slots` [R], and the first token of each; a slot of B is none."""
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+    joining = State(cache, jnp.zeros_like(lengths), lengths - 1, left, jax.random.key_data(keys), seen)
+    joining = _take(model, params, joining, last, sampling, stops)
+    k, v = state.cache
+    P = cache.v.shape[3]
+    entered = Cache(
+        k.at[:, slots, :, :, :P].set(cache.k, mode="drop"),
+        v.at[:, slots, :, :P].set(cache.v, mode="drop"),
+    )
+    rest = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), state[1:], joining[1:])
+    return State(entered, *rest), joining.token
+
+
+def _take(model: Decoder, params: Any, state: State, hidden: Array, sampling: Sampling, stops: Array) -> State:
+    """Chooses the next token of the rows under way from hidden [B, D]."""
+    going = state.left > 0
+    logits = kinds.matmul(hidden, head(params, model.config)).astype(jnp.float32)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.position)
+    token = jnp.where(going, next_token(logits, sampling, keys, state.seen), -1)
+    ended = jnp.isin(token, stops)
+    seen = None if state.seen is None else state.seen | (jnp.arange(logits.shape[-1]) == token[:, None])
+    left = jnp.where(ended, 0, jnp.maximum(state.left - 1, 0))
+    # a free slot stands at 0: a CPU attends only as far as the furthest
+    return State(state.cache, token, jnp.where(left > 0, state.position + 1, 0), left, state.keys, seen)
+
+
+@partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _decode(
+    model: Decoder, params: Any, state: State, sampling: Sampling, stops: Array, n: Array, least: Array
+) -> tuple[State, Array]:
+    """Up to n further tokens of every row under way, [B, CHUNK], while there are `least`; -1 where there is none."""
+    ones = jnp.ones_like(state.token)[:, None]
+    stacks = _layers(model, params)
+    if stacks:
+        model = model.clone(scan=False)
+
+    def more(carry: tuple[Array, State, Array]) -> Array:
+        i, state, _ = carry
+        return (i < n) & ((state.left > 0).sum() >= least)
+
+    def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        i, state, out = carry
+        token = jnp.maximum(state.token, 0)[:, None]
+        whole = params | {name: jax.tree.map(lambda *xs: jnp.stack(xs), *layers) for name, layers in stacks.items()}
+        hidden, cache = _forward(model, whole, token, ones, state.position[:, None], state.cache)
+        state = _take(model, params, state._replace(cache=cache), hidden[:, 0], sampling, stops)
+        return i + 1, state, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, i))
+
+    out = jnp.full((ones.shape[0], CHUNK), -1, jnp.int32)
+    _, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), state, out))
+    return state, out
+
+
+def _layers(model: Decoder, params: Any) -> dict[str, list[Any]]:
+    """CPU: the layers of each stack as arrays of their own. A product there copies its layer out of the stack, at every token;
+    so they are copied once a chunk, before its loop, and the compiler sees through the stacks that the loop makes of them.
+    """
+    stacks = {name: params[name] for name in ("lower", "layers") if name in params}
+    size = sum(x.nbytes for x in jax.tree.leaves(stacks))
+    if jax.default_backend() != "cpu" or size > APART or sharding.mesh_in_use() is not None:
+        return {}
+    return {name: _unstack(stack) for name, stack in stacks.items()}
+
+
+def _unstack(stack: Any) -> list[Any]:
+    leaves, structure = jax.tree.flatten(stack)
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*leaves)]
+
+
+@partial(jax.jit, static_argnames="length")
+def _grow(state: State, length: int) -> State:
+    k, v = state.cache
+    extra, same = (0, length - v.shape[3]), (0, 0)
+    return state._replace(cache=Cache(jnp.pad(k, (same, same, same, same, extra)), jnp.pad(v, (same, same, same, extra, same))))
+
+
+def _seen(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> np.ndarray:
+    seen = np.zeros((len(tokens), vocab), bool)
+    for row, (ids, length) in enumerate(zip(tokens, lengths)):
+        seen[row, ids[:length]] = True
+    return seen
+
+
+def batch_shards() -> int:
+    mesh = sharding.mesh_in_use()
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
