@@ -195,9 +195,22 @@ def test_real_checkpoints_give_their_golden_numbers(name, nll, stories, shared):
     np.testing.assert_allclose(-logps.mean(), golden[nll], rtol=1e-5)
 
 
-# -- one model computed in many ways: grouped heads, q/k norms, biases, and windows that differ from layer to layer
+# -- one model computed in many ways: grouped heads, q/k norms, biases, norms after, caps, scales, and layers that differ
 
-MIX = config(qk_norm="head", qkv_bias=True, o_bias=True, mlp_bias=True, windows=(9, None, 5))
+MIX = config(
+    qk_norm="head",
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    windows=(9, None, 5),
+    ropes=(Rope(100.0), Rope(), None),
+    post_norms=True,
+    norm_offset=True,
+    attn_softcap=3.0,
+    logit_softcap=5.0,
+    embed_scale=3.0,
+    residual_scale=0.5,
+)
 PACKED = batch([[20, 15], [-7, 30], [5, 9, 16]], 40)
 
 
@@ -266,7 +279,12 @@ def test_compute_dtype_is_that_of_the_hidden_states(reference):
 
 
 @pytest.mark.parametrize(
-    "c", [MIX, config(windows=(6, 6, 6), rope=Rope(kind="llama3", factor=4.0, original_max_positions=8)), config(tied=True)]
+    "c",
+    [
+        MIX,
+        config(windows=(6, 6, 6), rope=Rope(kind="llama3", factor=4.0, original_max_positions=8)),
+        config(qk_norm="all", pre_norms=False, post_norms=True, tied=True, logit_scale=0.5),
+    ],
 )
 def test_cached_decoding_equals_full(c):
     p, model, lengths, T, S = params(c), Decoder(c), np.array([9, 4]), 16, 20
