@@ -88,14 +88,15 @@ def evaluate_run(
     """
     workdir = Path(workdir).expanduser()
     own = read_config(workdir)
-    if config is None:
-        config = own
-    check(config)
-    if config.task not in TASKS:
+    if own.task == "classify" and own.classify.by == "head":
+        raise UserError(f"--workdir={workdir}: a classifier by its head, whose held-out figures are in {workdir}/report.html")
+    if own.task not in TASKS:
         raise UserError(
-            f"--workdir={workdir}: a run of task {config.task}, whose held-out figures are in its report; to see how it answers, "
-            "export it and use --model with --data"
+            f"--workdir={workdir}: a run of task {own.task}, whose held-out figures are in {workdir}/report.html; "
+            "where it generates, export it and see how it answers with --model and --data"
         )
+    config = own if config is None else config
+    check(config)
     refuse_another_config(workdir, config)
     heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
     mesh = sharding.make_mesh(**config.mesh)
@@ -140,9 +141,11 @@ def evaluate_model(
     config.model.path, config.task = model, "pretrain" if config.task == "pretrain" else "sft"
     heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
     m = load(model, adapter=adapter, quantize=quantize)
+    refuse_head(adapter or model, m.config.labels)
     sides = [Side("tuned" if base else "model", m.module, m.params)]
     if base:
         other = load(base, quantize=quantize)
+        refuse_head(base, other.config.labels)
         refuse_another_tokenizer(base, model, other.tokenizer, m.tokenizer)
         sides.insert(0, Side("base", other.module, other.params))
     template = None if config.task == "pretrain" else config.data.template
@@ -287,6 +290,14 @@ def refuse_other_rows(workdir: Path, report: dict[str, Any]) -> None:
         raise UserError(
             f"--workdir={workdir}: the data is not what the run was trained on, so its held-out rows are not known any more; "
             "put that back, or export the run and use --model with --data"
+        )
+
+
+def refuse_head(model: str, labels: Sequence[str]) -> None:
+    if labels:
+        raise UserError(
+            f"{model}: ends with a score head ({', '.join(labels[:5])}), which generates no text; the figures of "
+            "its held-out rows are in its run's report"
         )
 
 

@@ -6,10 +6,11 @@ import pytest
 import toy as worlds
 
 from sftjax import tasks
-from sftjax.config import UserError
+from sftjax.config import UserError, default
 from sftjax.evaluate import heldout
 from sftjax.tasks.evaluate import evaluate_model, evaluate_run
 from sftjax.tasks.export import export
+from sftjax.train.run import Run
 
 KEYS = {"train.steps": 8, "train.eval_every": 4, "eval.generate": 12, "eval.max_new_tokens": 8, "data.split": (3, 2, 1)}
 
@@ -150,6 +151,21 @@ def test_what_would_measure_something_else_is_refused(toy, run, tmp_path):
     (wide / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate_model(str(toy.base), data=str(data), base=str(wide))
+
+
+@pytest.mark.parametrize(
+    "changes, why", [({"task": "dpo"}, "a run of task dpo"), ({"classify.by": "head"}, "a classifier by its head")]
+)
+def test_a_run_that_generates_nothing_or_learns_otherwise_is_told(tmp_path, changes, why):
+    config = default()
+    config.task = "classify"
+    for key, value in changes.items():
+        *path, name = key.split(".")
+        (config[path[0]] if path else config)[name] = value
+    with Run(tmp_path) as run:
+        run.write_json("config.json", config)
+    with pytest.raises(UserError, match=rf"{why}.*report.html"):
+        evaluate_run(tmp_path)
 
 
 def test_more_rows_are_answered_from_the_same_shuffle(run, tmp_path):
