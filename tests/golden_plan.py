@@ -69,6 +69,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+MODELS["tiny_moe"] = MODELS["mixtral"] | {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+}
 FSDP = {"mesh.data": 1, "mesh.fsdp": -1}
 SMALL = {"data.max_length": 256, "train.batch_size": 4}
 # name -> model, topology, what the config changes
@@ -90,6 +99,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gate_sft": ("tiny", "v5e:1x1", {"model.remat": "dots", **SMALL}),
     "gate_qlora": ("tiny", "v6e:1x1", {"model.remat": "full", "model.quantize": "nf4", **SMALL}),
+    "gate_moe": ("tiny_moe", "v5e:1x1", {"model.remat": "full", "lora.targets": "q_proj,v_proj", **SMALL}),
     "gate_dpo": ("tiny", "v5p:1x1x1", {"model.remat": "full", "task": "dpo", **SMALL}),
 }
 

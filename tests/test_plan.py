@@ -242,13 +242,14 @@ def estimator(case, folder, **changes):
 def test_the_estimate_is_within_15_percent_of_the_compiler(case, tmp_path):
     if case not in GOLDEN:
         pytest.skip(f"python tests/golden_plan.py {case} has not been run")
+    assert estimator(case, tmp_path).at().peak == pytest.approx(GOLDEN[case]["peak"], rel=report.WITHIN)
+
+
+@pytest.mark.parametrize("case", ["gate_sft", "gate_qlora", "gate_dpo"])
+def test_what_the_step_is_given_is_exact(case, tmp_path):
+    """But for the batch and a TPU's padding of small arrays."""
     on = estimator(case, tmp_path)
-    assert on.at().peak == pytest.approx(GOLDEN[case]["peak"], rel=0.15)
     assert on.trained + on.frozen + on.optimiser == pytest.approx(GOLDEN[case]["arguments"], rel=0.02)
-
-
-def test_six_cases_have_been_compiled():
-    assert len([case for case in GOLDEN if not case.startswith("gate")]) >= 6
 
 
 def test_less_is_kept_where_more_is_done_again(tmp_path):
@@ -346,8 +347,12 @@ def test_the_compilers_complaint_is_read_for_its_numbers():
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a TPU's compiler: pip install libtpu")
 @pytest.mark.parametrize("case", [case for case in golden_plan.CASES if case.startswith("gate")])
 def test_steps_compile_for_tpus(case, tmp_path):
-    """The state is donated, and the peak within 5 % of what it was."""
+    """The state is donated, attention is the TPU's own kernel, and the peak within 5 % of what it was."""
+    if case not in GOLDEN:
+        pytest.skip(f"python tests/golden_plan.py {case} has not been run")
     m, compiled, job = golden_plan.compile_case(case, tmp_path)
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.state))
-    assert m.aliased >= state and "input_output_alias" in compiled.as_text()[:100_000]
+    program = compiled.as_text()
+    assert m.aliased >= state and "input_output_alias" in program
+    assert "tpu_custom_call" in program and "splash_attention" in program
     assert m.peak <= 1.05 * GOLDEN[case]["peak"]

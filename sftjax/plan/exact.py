@@ -111,7 +111,7 @@ def measure(lowered: Any) -> tuple[Compiled, Any]:
     import jax
 
     began = time.perf_counter()
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)  # a compile-only client cannot read one
     try:
         compiled = lowered.compile()

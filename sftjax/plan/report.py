@@ -27,6 +27,7 @@ from sftjax.train.progress import compact, duration, model_flops_per_token
 from sftjax.weights import kinds
 
 Say = Callable[[str], None]
+WITHIN = 0.15  # of the compiler's peak, in the cases of tests/golden_plan.py
 SMALL = ("t4", "l4", "a100-40gb", "a100-80gb", "h100", "h200", "v5e", "v6e", "v5p")  # what is shown where no chip is named
 
 
@@ -133,6 +134,9 @@ def memory(on: Estimator, where: Topology, say: Say) -> dict[str, Any]:
     fits = m.peak <= has
     left = f"fits, {(has - m.peak) / GIB:.2f} to spare" if fits else f"does not fit, by {(m.peak - has) / GIB:.2f}"
     say(f"  {'peak':<32}{m.peak / of:>8.2f}  of {has / GIB:.2f} GiB: {left}")
+    if abs(m.peak / has - 1) < WITHIN:
+        ask = "; --exact asks the compiler" if where.chip.torus else ""
+        say(f"  that is close: the estimate may be {100 * WITHIN:.0f} % off{ask}")
     tokens = on.rows * on.job.length
     kept = {name: on.kept(name).bytes(tokens, on.sizes["tensor"]) for name in POLICIES}
     peaks = {name: on.at(remat=name).peak for name in POLICIES}

@@ -98,6 +98,11 @@ def open_dry(config: ConfigDict, length: int | None = None, platform: str = "tpu
     """The job of a config whose `model.path` may be a directory with nothing but a config.json. Raises UserError."""
     if not config.model.path:
         raise UserError("model.path is empty; give a Hugging Face directory or hub id, e.g. --config.model.path=Qwen/Qwen3-0.6B")
+    if config.task not in LOSSES or (config.task == "classify" and config.classify.by == "head"):
+        raise UserError(
+            f"--config.task={config.task}: a model with a score head is not planned yet; "
+            "--config.task=sft with the same rows takes a little more, for its logits"
+        )
     directory = resolve(config.model.path, config.model.revision)
     return Dry(config, load_config(directory), checkpoint_dtype(directory), length or config.data.max_length, platform, directory)
 
