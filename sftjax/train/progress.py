@@ -60,7 +60,8 @@ def model_flops_per_token(config: DecoderConfig, params: Any, mask: Any, length:
                        where something below them or in their stack trains
         backward, dW   2 for each parameter of P and E that trains
 
-    So it is 6 P + ... for full, and close to 4 P + ... for LoRA. The embedding is a lookup and costs nothing.
+    So it is 6 P + ... for full, and close to 4 P + ... for LoRA. The embedding is a lookup and costs nothing. Of a mixture's
+    experts a token passes those that it is given to, and P counts as many.
     """
     chosen = tree.flatten(tree.split(params, mask)[0])
     trains = {path: tree.count(w) for path, w in chosen.items()}
@@ -71,14 +72,21 @@ def model_flops_per_token(config: DecoderConfig, params: Any, mask: Any, length:
         below += sum(n for path, n in trains.items() if path.startswith(stack))
         depth = max((w.shape[0] for w in kernels.values()), default=0)
         seen = sum(keys_seen(length, window) for window in windows[:depth])
-        products = 2 * sum(map(kinds.count, kernels.values())), 4 * config.heads * config.head_dim * seen
-        total += sum(products) + 2 * sum(trains[path] for path in kernels)
+        share = {path: active_share(config, path) for path in kernels}
+        passed = sum(share[path] * kinds.count(w) for path, w in kernels.items())
+        products = 2 * passed, 4 * config.heads * config.head_dim * seen
+        total += sum(products) + 2 * sum(share[path] * trains[path] for path in kernels)
         if below:
             total += products[0] + 2 * products[1]
         windows = windows[depth:]
     below += trains["final_norm/scale"]
     head = next((path for path in ("score/kernel", "head/kernel") if path in trains), "embed/embedding")
     return total + 2 * kinds.count(tree.flatten(params)[head]) * (1 + (below > 0)) + 2 * trains[head]
+
+
+def active_share(config: DecoderConfig, path: str) -> float:
+    """The share of a kernel's parameters that one token passes."""
+    return config.experts.active / config.experts.number if config.experts and "/experts/" in path else 1.0
 
 
 def keys_seen(length: float, window: int | None) -> float:

@@ -24,7 +24,6 @@ class Groups(NamedTuple):
     """Where rows stand. `n` choices are made, n = M tokens times the experts of each."""
 
     expert: Array  # [R / m]: whose each block is
-    used: Array  # [], how many blocks have rows: the first ones
     sizes: Array  # [E]: rows of each expert, whole blocks
     source: Array  # [R]: the choice that stands in a row, n where none does
     place: Array  # [n]: the row of each choice
@@ -51,7 +50,7 @@ def group(choices: Array, experts: int) -> Groups:
     place = jnp.zeros(n, jnp.int32).at[order].set(starts[sorted_choices] * m + rank)
     source = jnp.full(blocks * m, n, jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32))
     expert = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), experts - 1)
-    return Groups(expert, ends[-1], jnp.bincount(expert, length=experts) * m, source, place)
+    return Groups(expert, jnp.bincount(expert, length=experts) * m, source, place)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,13 +98,14 @@ def _product_bwd(residuals, dy):
         _, pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w.astype(x.dtype), groups.sizes), x, w)
         return *pull(dy), None
     dx = by_block(dy, groups, lambda expert: w[expert].astype(dy.dtype).T)
-    rows, cotangents = _blocks(x, groups), _blocks(dy, groups)
 
-    def add(i: Array, dw: Array) -> Array:
-        return dw.at[groups.expert[i]].add(jnp.matmul(rows[i].T, cotangents[i], preferred_element_type=dw.dtype))
+    def add(dw: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        rows, cotangents, expert = xs
+        return dw.at[expert].add(jnp.matmul(rows.T, cotangents, preferred_element_type=dw.dtype)), None
 
-    # float32: a sum over many blocks
-    return dx, jax.lax.fori_loop(0, groups.used, add, jnp.zeros(w.shape, jnp.float32)).astype(w.dtype), None
+    zeros = jnp.zeros(w.shape, jnp.float32)  # float32: a sum over many blocks
+    dw, _ = jax.lax.scan(add, zeros, (_blocks(x, groups), _blocks(dy, groups), groups.expert))
+    return dx, dw.astype(w.dtype), None
 
 
 product.defvjp(_product_fwd, _product_bwd)
@@ -128,15 +128,15 @@ def few(groups: Groups) -> bool:
 
 def by_block(x: Array, groups: Groups, matrix: Callable[[Array], Array]) -> Array:
     """x [R, in] -> [R, out]: each block times matrix(its expert) [in, out]."""
+
+    def one(xs: tuple[Array, Array]) -> Array:
+        rows, expert = xs
+        return rows @ matrix(expert)
+
     blocks = _blocks(x, groups)
     if few(groups):  # what a loop reads is a whole array: within the one over layers, a copy of all of a layer's experts
-        return jnp.concatenate([rows @ matrix(expert) for rows, expert in zip(blocks, groups.expert)])
-
-    def put(i: Array, y: Array) -> Array:
-        return y.at[i].set(blocks[i] @ matrix(groups.expert[i]))
-
-    out = jax.eval_shape(matrix, groups.expert[0]).shape[-1]
-    return jax.lax.fori_loop(0, groups.used, put, jnp.zeros((*blocks.shape[:2], out), x.dtype)).reshape(-1, out)
+        return jnp.concatenate([one(xs) for xs in zip(blocks, groups.expert)])
+    return jax.lax.map(one, (blocks, groups.expert)).reshape(x.shape[0], -1)
 
 
 def _blocks(x: Array, groups: Groups) -> Array:

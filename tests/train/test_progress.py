@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from sftjax.config import default, override
-from sftjax.models.config import DecoderConfig
+from sftjax.models.config import DecoderConfig, Experts
 from sftjax.models.decoder import init
 from sftjax.train.progress import Progress, compact, duration, keys_seen, mfu, model_flops_per_token, peak_flops
 from sftjax.weights import method
@@ -54,6 +54,15 @@ def test_full_training_costs_six_flops_a_parameter_and_attention_three_times_for
 def test_lora_costs_four_flops_a_parameter_and_six_for_its_own(rank):
     expected = 4 * (3 * KERNELS + HEAD) + 6 * added(rank) + 3 * attention(1)
     assert flops(1, lora__rank=str(rank)) == pytest.approx(expected)
+
+
+def test_a_mixture_costs_what_a_token_passes():
+    """Two of eight experts of width 96, the shared one of 48, and the gates of both."""
+    mixed = replace(CONFIG, experts=Experts(8, 2, 96, shared=48))
+    kernels = KERNELS - 3 * 64 * 160 + 3 * 64 * (2 * 96 + 48) + 64 * (8 + 1)
+    assert flops(100, mixed, method="full") == pytest.approx(6 * (3 * kernels + HEAD) + 3 * attention(101 / 2))
+    more = replace(mixed, experts=replace(mixed.experts, number=16))
+    assert flops(100, more, method="full") - flops(100, mixed, method="full") == pytest.approx(6 * 3 * 64 * 8)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
