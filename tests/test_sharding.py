@@ -12,6 +12,7 @@ from tiny import assert_trees_close, batch, config, params
 from sftjax import sharding, tree
 from sftjax.config import UserError
 from sftjax.losses import masked_xent
+from sftjax.models.config import Experts
 from sftjax.models.decoder import Decoder, forward
 from sftjax.weights import select
 from sftjax.weights.adapter import adapter
@@ -30,6 +31,8 @@ BLOCKS = config(width=512, mlp_width=256, layers=2, kv_heads=4, head_dim=64)
 TARGETS = "q_proj,o_proj,down_proj,lm_head"
 
 
+MIXED = replace(CONFIG, experts=Experts(3, 2, 16, shared=8))
+MIXED_BLOCKS = replace(BLOCKS, experts=Experts(3, 2, 256))
 def low_rank(p, targets=TARGETS, by=0.1, **options):
     q = lora(p, jax.random.key(0), rank=2, alpha=1.0, targets=targets, **options)
     return jax.tree.map(lambda x, trains: x + by if trains else x, q, select.added(q))  # away from b = 0, where a has no gradient
@@ -49,16 +52,23 @@ METHODS = {
     "tokens": (TIED, lambda p: tokens(low_rank(p, "embed_tokens"), (3, 40, 63))),
 }
 
+    "mixture": (MIXED, lambda p: p),
+    "lora on experts": (MIXED, lambda p: low_rank(p, "all-linear")),
+    "qlora on experts": (
+        MIXED_BLOCKS,
+        lambda p: low_rank(quantised(jax.tree.map(lambda x: 0.2 * x, p), nf4), "all-linear", by=0.01),
+    ),
 
+EVERYTHING = ("full", "mixture")
 def value_and_grad(c, trainable, frozen, b):
-    loss = masked_xent(forward(Decoder(c)))
+    loss = masked_xent(forward(Decoder(c)), router_balance=0.1 if c.experts else 0.0)
     return jax.jit(jax.value_and_grad(lambda t, f, b: loss(tree.join(t, f), b, None)[0]))(trainable, frozen, b)
 
 
 def make_params(method):
     c, transform = METHODS[method]
     p = transform(params(c))
-    return p, select.everything(p) if method == "full" else select.added(p)
+    return p, select.everything(p) if method in EVERYTHING else select.added(p)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,8 @@ MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "tensor": 4}, {"data"
 
 FSDP, TENSOR, ALL = MESHES[1:]
 TRIED = [*(("full", mesh) for mesh in MESHES), ("lora", FSDP), ("lora", ALL), ("dora", ALL), ("qlora", FSDP), ("qlora", TENSOR)]
-TRIED += [("int8", ALL), ("adapter", TENSOR), ("tokens", ALL)]
+TRIED += [("int8", ALL), ("adapter", TENSOR), ("tokens", ALL), *(("mixture", mesh) for mesh in (FSDP, TENSOR, ALL))]
+TRIED += [("lora on experts", ALL), ("qlora on experts", FSDP)]
 
 
 @pytest.mark.parametrize("method, axes", TRIED, ids=str)
