@@ -246,6 +246,10 @@ def test_longrope_by_all_its_names(name):
 REFUSED = [
     ({"model_type": "gpt2"}, f"model_type='gpt2' is not supported; supported are {', '.join(FAMILIES)}"),
     ({"model_type": None}, "model_type=None"),
+    (
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+        "'gemma3' is not supported, for it takes more than text",
+    ),
     ({"architectures": ["LlamaForTokenClassification"]}, "needs LlamaForCausalLM or LlamaForSequenceClassification"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),

@@ -49,7 +49,8 @@ def family_of(raw: dict[str, Any]) -> Family:
     """The family of a config.json. Raises UserError that names what is not supported."""
     kind = raw.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"model_type={kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        why = ", for it takes more than text" if raw.get("text_config") else ""
+        raise UserError(f"model_type={kind!r} is not supported{why}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     classes = raw.get("architectures") or [family.architecture]
     if classes not in [[known] for known in family.classes]:
