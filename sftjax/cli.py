@@ -319,12 +319,13 @@ def plan(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     from sftjax import tasks
+    from sftjax.config import parts
     from sftjax.tasks.export import FORMS
 
     keep_compilations()
     config = load_config(args)
     summary = tasks.train(config, args.workdir, force=args.force)
-    for name in ("eval_loss", "exact_match", "accuracy", "margin"):
+    for name in dict.fromkeys(("eval_loss", "exact_match", *parts(config.eval.metrics), "accuracy", "margin")):
         if summary.get(name) is not None and summary.get(f"{name}_before") is not None:
             print(f"{name.replace('_', ' ')}: {summary[f'{name}_before']:.4f} -> {summary[name]:.4f}")
     print(f"report: {args.workdir}/report.html")
