@@ -126,7 +126,7 @@ def head(job: Dry, on: Estimator, where: Topology | None, say: Say) -> dict[str,
 
 def memory(on: Estimator, where: Topology, say: Say) -> dict[str, Any]:
     m, has, remat = on.at(), where.chip.memory, on.job.decoder.remat
-    unit, of = ("GiB", GIB) if m.peak >= GIB else ("MiB", MIB)
+    unit, of = unit_of(m.peak)
     say("")
     say(f"{'memory of one chip':<34}{unit:>8}")
     for name, n in m.parts.items():
@@ -146,6 +146,10 @@ def memory(on: Estimator, where: Topology, say: Say) -> dict[str, Any]:
     if rows:
         say(f"  largest micro-batch that fits: {rows * on.shards:,} rows of {on.job.length:,} tokens, {rows:,} a chip")
     return {"memory": m.parts, "peak": m.peak, "fits": fits, "remat": peaks, "largest_micro_batch": rows * on.shards}
+
+
+def unit_of(peak: float) -> tuple[str, float]:
+    return ("GiB", GIB) if peak >= GIB else ("MiB", MIB)
 
 
 def largest(on: Estimator, has: float) -> int:
@@ -247,11 +251,11 @@ def compiled(job: Dry, on: Estimator, where: Topology, say: Say) -> dict[str, An
     except exact.TooLarge as e:
         say(f"the compiler: does not fit; it needs {e.needs / GIB:.2f} GiB on a chip that has {e.has / GIB:.2f}")
         return {"fits": False, "peak": e.needs}
-    off = f"the estimate is {100 * (estimate / m.peak - 1):+.0f} %"
-    say(f"the compiler: {m.peak / GIB:.2f} GiB on one chip, after {m.seconds:.0f} s; {off}")
+    unit, of = unit_of(m.peak)
+    say(f"the compiler: {m.peak / of:.2f} {unit} on one chip, after {m.seconds:.0f} s; the estimate was {estimate / of:.2f}")
     say(
-        f"  arguments {m.arguments / GIB:.2f}, outputs {m.outputs / GIB:.2f} of which {m.aliased / GIB:.2f} take the place of "
-        f"arguments, temporaries {m.temporaries / GIB:.2f}, program {m.program / GIB:.2f}"
+        f"  arguments {m.arguments / of:.2f}, outputs {m.outputs / of:.2f} of which {m.aliased / of:.2f} take the place of "
+        f"arguments, temporaries {m.temporaries / of:.2f}, program {m.program / of:.2f}"
     )
     return dataclasses.asdict(m) | {"fits": True, "peak": m.peak}
 
