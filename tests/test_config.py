@@ -224,6 +224,8 @@ OTHER = {
     "kto.desirable_weight": "1.3",
     "kto.undesirable_weight": "1.3",
     "eval.generate": "8",
+    "eval.metrics": "chrf",
+    "train.generate_every": "8",
     "data.loss_on": "all",
     "data.template": "chatml",
     "data.on_overlong": "error",
