@@ -362,6 +362,8 @@ def eval_(args: argparse.Namespace) -> None:
     options = sampling(args)
     adapter, quantize = options.pop("adapter"), options.pop("quantize")
     shared = {"out": args.out, "metrics": metrics, "rows": args.rows, "batch_size": args.batch_size, **options}
+    if args.model and eval_scored(args, config, adapter, quantize):
+        return
     if args.workdir:
         found = evaluate_run(args.workdir, config, checkpoint=args.checkpoint or "last", split=args.split, **shared)
     else:
@@ -378,6 +380,24 @@ def eval_(args: argparse.Namespace) -> None:
     else:
         over = f" --adapter={adapter}" if adapter else ""
         print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={quantize}" if quantize else ""))
+
+
+def eval_scored(args: argparse.Namespace, config: Any, adapter: str | None, quantize: str | None) -> bool:
+    """Evaluates a model that ends with a score head; False where it does not."""
+    from sftjax.config import UserError
+    from sftjax.hf.load import load_config, resolve
+    from sftjax.hf.model import load
+    from sftjax.hf.peft import adapter_labels
+    from sftjax.tasks.scored import score_file
+
+    labels = load_config(resolve(args.model)).labels
+    if not labels and not (adapter and adapter_labels(resolve(adapter, needs="adapter_config.json"))):
+        return False
+    if useless := [f"--{name}" for name in ("base", "metrics", "rows") if getattr(args, name)]:
+        raise UserError(f"{useless[0]}: {adapter or args.model} ends with a score head, and has no such choice; leave it out")
+    score_file(load(args.model, adapter=adapter, quantize=quantize), args.data, config, out=args.out)
+    print(f"scores.jsonl and eval.json: {args.out}" if args.out else "nothing was written; --out=DIR keeps every score")
+    return True
 
 
 def export_(args: argparse.Namespace) -> None:

@@ -23,7 +23,8 @@ def data(toy, tmp_path_factory):
         csv.writer(f).writerows([("text", "label"), *rows])
     pairs = [{"prompt": f"Is {i} even?", "chosen": ("Yes.", "No.")[i % 2], "rejected": "Who knows?"} for i in range(40)]
     preferences = worlds.write_rows(folder / "pairs.jsonl", pairs)
-    return {"pretrain": text, "classify": labels, "sft": toy.data, "dpo": preferences, "kto": preferences}
+    found = {"pretrain": text, "classify": labels, "sft": toy.data}
+    return found | dict.fromkeys(("dpo", "kto", "reward"), preferences)
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in CONFIGS.glob("*.py")))
