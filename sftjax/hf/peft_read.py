@@ -44,6 +44,10 @@ def load_adapter(params: Any, directory: str | Path) -> Any:
     for node, layers in found.items():
         paths = [path for path in leaves if path.rpartition("/")[0] == node]
         name = next(iter(layers.values())).name
+        if not paths and ".experts" in name:
+            raise UserError(
+                f"{directory}: adapts {name}, and PEFT's adapters of experts are not supported; merge it into the model with PEFT"
+            )
         if not paths:
             raise UserError(f"{directory}: adapts {name}, which the model does not have")
         depth = leaves[paths[0]].shape[0]
@@ -187,10 +191,11 @@ def _low_rank(base: Any, path: str, layers: Layers) -> LowRank | Dora:
 
 
 def _bottleneck(base: Any, layers: Layers) -> Adapter:
-    module, (depth, _, out) = next(iter(layers.values())), base.shape
+    module, (depth, *experts, _, out) = next(iter(layers.values())), base.shape
     if len(layers) != depth:
         raise UserError(f"{module.directory}: has bottleneck adapters in {len(layers)} of {depth} layers, and needs one in each")
     r = module.config["width"]
     shapes = {"down": (r, out), "down_bias": (r,), "up": (out, r), "up_bias": (out,)}
-    stacks = {part: np.stack([layers[i].view(part, *shape).T for i in range(depth)]) for part, shape in shapes.items()}
-    return Adapter(base, **{part: jnp.asarray(x, jnp.float32) for part, x in stacks.items()})
+    stacks = {part: np.stack([layers[i].view(part, *experts, *shape) for i in range(depth)]) for part, shape in shapes.items()}
+    turned = {part: x.swapaxes(-1, -2) if part in ("down", "up") else x for part, x in stacks.items()}
+    return Adapter(base, **{part: jnp.asarray(x, jnp.float32) for part, x in turned.items()})

@@ -52,6 +52,11 @@ def added(params: Any, config: DecoderConfig, vocab: int, saved: Collection[str]
         name = module_of(node)
         if isinstance(w, Adapter):
             out.adapters[path], w = w, w.base
+        if config.experts and "/mlp/" in path and (node in nodes or isinstance(w, LowRank | Dora)):
+            raise UserError(
+                f"{name} is of a mixture of experts, for which PEFT's form depends on transformers' version; use --to=hf, "
+                "or train attention alone: --config.lora.targets=q_proj,k_proj,v_proj,o_proj"
+            )
         if node in nodes:  # a bias goes with its kernel: PEFT saves modules
             if isinstance(w, Kind):
                 raise UserError(f"of {name} a part trained as a whole, which PEFT has no form for; use --to=hf")
@@ -209,4 +214,4 @@ def _layers(path: str, part: str, x: Any, flip: bool = False) -> Iterator[tuple[
     """(name, tensor) for each layer of a stack, or for the one that there is."""
     node, host = path.rpartition("/")[0], np.asarray(x)
     for layer, one in enumerate(host) if node.startswith("layers/") else [(None, host)]:
-        yield f"{module_of(node, layer)}.{part}", one.T if flip else one
+        yield f"{module_of(node, layer)}.{part}", one.swapaxes(-1, -2) if flip else one
