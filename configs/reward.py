@@ -12,8 +12,8 @@ Two CPU cores: 100 steps in some 50 seconds of processor time. 300 held-out pair
 300 test pairs: 100 %.
 
 What comes out is a Qwen3ForSequenceClassification of one number, which transformers reads, and so TRL;
-`sftjax.rewards(model, conversations)` gives its rewards. A public reward model goes on training, or is measured, as any other --config.model.path
-or --model. For rankings of several answers: --config.reward.loss=plackett_luce (docs/rewards.md).
+`sftjax.rewards(model, conversations)` gives its rewards. A public reward model goes on training, or is measured, as any other
+--config.model.path or --model. For rankings of several answers: --config.reward.loss=plackett_luce (docs/rewards.md).
 """
 
 from ml_collections import ConfigDict
