@@ -22,7 +22,9 @@ from sftjax.weights.quantize import int8, nf4
 from sftjax.weights.targets import match
 from sftjax.weights.tokens import tokens
 
-CONFIG = config(layers=2, kv_heads=4, qkv_bias=True, qk_norm="head", windows=(7, None))
+CONFIG = config(
+    layers=2, kv_heads=4, qkv_bias=True, qk_norm="all", windows=(7, None), post_norms=True, attn_softcap=3.0, logit_softcap=5.0
+)
 ROWS = [[20], [9, 8], [3], [-4, 12], [6, 6, 6], [20], [], [17]]
 BATCH = batch(ROWS, 20)
 TIED = replace(CONFIG, tied=True)

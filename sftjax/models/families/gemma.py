@@ -11,13 +11,14 @@ from typing import Any
 from sftjax.models.config import DecoderConfig
 from sftjax.models.families.common import Family, base, flag, refuse
 
-SILENT = {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+SILENT = {"tie_word_embeddings": True, **dict.fromkeys(("hidden_act", "hidden_activation"), "gelu_pytorch_tanh")}
 
 
-def gemma(raw: dict[str, Any], act: str, **defaults: int) -> DecoderConfig:
+def gemma(raw: dict[str, Any], act: str, *, max_positions: int, kv_heads: int) -> DecoderConfig:
     """What all Gemmas share; `act` is the key of the activation."""
     refuse(raw, "use_bidirectional_attention", "mlp_bias")
-    config, bias = base(SILENT | raw, act=act, head_dim=256, **defaults), flag(raw, "attention_bias")
+    config = base(SILENT | raw, act=act, head_dim=256, max_positions=max_positions, kv_heads=kv_heads)
+    bias = flag(raw, "attention_bias")
     return replace(config, qkv_bias=bias, o_bias=bias, norm_offset=True, embed_scale=config.width**0.5)
 
 
