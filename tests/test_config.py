@@ -223,6 +223,11 @@ OTHER = {
     "kto.beta": "0.2",
     "kto.desirable_weight": "1.3",
     "kto.undesirable_weight": "1.3",
+    "classify.by": "head",
+    "classify.class_weights": "balanced",
+    "reward.loss": "plackett_luce",
+    "reward.margin": "0.5",
+    "reward.centring": "0.01",
     "eval.generate": "8",
     "eval.metrics": "chrf",
     "train.generate_every": "8",
@@ -251,13 +256,21 @@ NEEDS = {
     "adapter": ["method=adapter"],
     "dpo": ["task=dpo"],
     "kto": ["task=kto"],
+    "reward": ["task=reward"],
+    "classify": ["task=classify", "data.format=label"],
+    "classify.class_weights": ["task=classify", "data.format=label", "classify.by=head"],
+    "classify.by=head": ["task=classify", "data.format=label"],
+    "classify.by=label": ["task=classify", "data.format=label"],
+    "reward.loss=plackett_luce": ["task=reward"],
     "task=classify": ["data.format=label"],
     "optim.decay": ["optim.schedule=wsd"],
 }
 
 
 def needs(key, others=()):
-    return [c for c in NEEDS.get(key, NEEDS.get(key.split(".")[0], [])) if c.split("=")[0] not in others]
+    found = [c for c in NEEDS.get(key, NEEDS.get(key.split(".")[0], [])) if c.split("=")[0] not in others]
+    # under another task its neighbours mean nothing either
+    return [c for c in found if "task" not in others or not c.startswith(key.split(".")[0] + ".")]
 
 
 @pytest.mark.parametrize("key, others", PAIRS, ids=[f"{key}, {' '.join(others.values())}" for key, others in PAIRS])
