@@ -178,11 +178,14 @@ def preference_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) 
 
 
 def small_charts(train: list[dict[str, Any]]) -> list[chart.Chart | None]:
-    norm, speed = points(train, "grad_norm"), points(train, "tokens_per_s")
+    norm, speed, balance = (points(train, name) for name in ("grad_norm", "tokens_per_s", "router_balance"))
     return [
         chart.lines("Learning rate", [chart.Series("learning rate", points(train, "lr"), "train")], zero=True),
         chart.lines("Gradient norm", [chart.Series("gradient norm", norm, "train")], zero=True),
         chart.lines("Tokens/s", [chart.Series("tokens/s", speed, "train")], zero=True),
+        chart.lines(
+            "Balance of the routers; even ones have a token's number of experts", [chart.Series("balance", balance, "train")]
+        ),
     ]
 
 
