@@ -31,10 +31,10 @@ TIED = replace(CONFIG, tied=True)
 # a shard has whole blocks of 64 in every dimension, on fsdp=8 as on tensor=4
 BLOCKS = config(width=512, mlp_width=256, layers=2, kv_heads=4, head_dim=64)
 TARGETS = "q_proj,o_proj,down_proj,lm_head"
-
-
 MIXED = replace(CONFIG, experts=Experts(3, 2, 16, shared=8))
 MIXED_BLOCKS = replace(BLOCKS, experts=Experts(3, 2, 256))
+
+
 def low_rank(p, targets=TARGETS, by=0.1, **options):
     q = lora(p, jax.random.key(0), rank=2, alpha=1.0, targets=targets, **options)
     return jax.tree.map(lambda x, trains: x + by if trains else x, q, select.added(q))  # away from b = 0, where a has no gradient
@@ -52,16 +52,16 @@ METHODS = {
     "int8": (CONFIG, lambda p: low_rank(quantised(p, int8), init="olora")),
     "adapter": (CONFIG, lambda p: jax.tree.map(lambda x: x + 0.01, adapter(p, jax.random.key(0), width=4))),
     "tokens": (TIED, lambda p: tokens(low_rank(p, "embed_tokens"), (3, 40, 63))),
-}
-
     "mixture": (MIXED, lambda p: p),
     "lora on experts": (MIXED, lambda p: low_rank(p, "all-linear")),
     "qlora on experts": (
         MIXED_BLOCKS,
         lambda p: low_rank(quantised(jax.tree.map(lambda x: 0.2 * x, p), nf4), "all-linear", by=0.01),
     ),
-
+}
 EVERYTHING = ("full", "mixture")
+
+
 def value_and_grad(c, trainable, frozen, b):
     loss = masked_xent(forward(Decoder(c)), router_balance=0.1 if c.experts else 0.0)
     return jax.jit(jax.value_and_grad(lambda t, f, b: loss(tree.join(t, f), b, None)[0]))(trainable, frozen, b)
