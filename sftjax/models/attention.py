@@ -86,11 +86,8 @@ def cached_attention(
 
     if jax.default_backend() != "cpu" or S < 128:
         return attend(S)
-    # CPU: a layer's slots are copied before their product, so only as many as are filled; elsewhere a branch costs more
-    furthest = positions.max()
-    return jax.lax.switch(
-        (furthest >= S // 4).astype(int) + (furthest >= S // 2), [partial(attend, n) for n in (S // 4, S // 2, S)]
-    )
+    # CPU: what is read costs more than what is computed, so only as many eighths as are filled; elsewhere a branch costs more
+    return jax.lax.switch(positions.max() * 8 // S, [partial(attend, -(-S * i // 8)) for i in range(1, 9)])
 
 
 def _cached(q: Array, k: Array, v: Array, positions: Array, window: Array, scale: float, softcap: float | None) -> Array:
