@@ -5,10 +5,10 @@
     sftjax export --workdir=runs/qlora --to=peft --out=mine-adapter
 
 Hardware: a frozen kernel takes 4.13 bits a parameter and is quantised while it is read. For Llama 3's 8 B shape at rank 8 and
-two rows of 2048 tokens the TPU's compiler lays out 7.51 GiB in all, of which 5.55 are parameters and moments, embedding and
-head in bfloat16 among them; one row at a time 6.84 GiB (bench/results/memory.md):
+two rows of 2048 tokens the TPU's compiler lays out 7.52 GiB in all, of which 5.55 are parameters and moments, embedding and
+head in bfloat16 among them; 6.57 GiB with `--config.model.remat=offload` (bench/results/memory.md):
 
-    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 [--micro-batch=1] --chip=v5e:1x1
+    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 [--remat=offload] --chip=v5p:1x1x1
 
 That is a layout and no run: no accelerator has been timed yet, and the loss to expect depends on the data; the report of the
 run shows it before and after. Merging needs the model in 16 bits: `JAX_PLATFORMS=cpu sftjax export ...` does it in the host's
