@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import ipaddress
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
@@ -138,12 +140,14 @@ class Remote:
 
     def __init__(self, contender: Contender, key_env: str | None, timeout: float, parallel: int):
         self.contender, self.timeout, self.parallel = contender, timeout, parallel
-        self.key_env = key_env or "OPENAI_API_KEY"
-        self.key = os.environ.get(self.key_env, "").strip() or None
+        self.key_env = key_env or ("OPENAI_API_KEY" if is_openai(contender.url) else None)
+        self.key = os.environ.get(self.key_env, "").strip() or None if self.key_env else None
         if key_env and not self.key:
             raise UserError(f"--key-env={key_env}: there is no such variable in the environment, or nothing in it")
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
             raise UserError(f"the key in {self.key_env} has characters in it that no key has; set it again")
+        if self.key and not is_private(contender.url):
+            raise UserError(f"--key-env={key_env}: {contender.url} would be sent the key unencrypted; give an https address")
         self.identity = f"{contender.url}#{contender.model}"
         self.notes: list[str] = []
 
@@ -168,6 +172,22 @@ class Remote:
             for i, reply in endpoint.each([(turns(ask), ask.tools) for ask in asks], parallel=self.parallel):
                 self.notes = endpoint.notes
                 yield name, i, reply
+
+
+def is_openai(url: str) -> bool:
+    """Whether OpenAI's own key may go there unasked."""
+    parts = urlsplit(url)
+    return (parts.scheme, parts.hostname) == ("https", "api.openai.com")
+
+
+def is_private(url: str) -> bool:
+    """Whether nobody between here and there can read along: encrypted, or on this machine."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        return parts.scheme == "https" or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def turns(ask: Ask) -> Sequence[Any]:

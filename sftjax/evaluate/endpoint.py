@@ -74,7 +74,7 @@ class Endpoint:
         model: str,
         *,
         key: str | None = None,
-        key_env: str = "OPENAI_API_KEY",
+        key_env: str | None = None,
         timeout: float = 120.0,
         **options: Any,
     ):
@@ -183,7 +183,8 @@ class Endpoint:
         said, kind, param = self.complaint(raw)
         told = f" ({said})" if said else ""
         if code in (401, 403):
-            held = f"the key in {self.key_env} is not accepted" if self.key else f"it wants a key, and {self.key_env} is not set"
+            missing = f"it wants a key, and {self.key_env} is not set" if self.key_env else "it wants a key, and is sent none"
+            held = f"the key in {self.key_env} is not accepted" if self.key else missing
             return UserError(f"{self.url}: {code}: {held}{told}; name its variable with --key-env")
         if code == 404:
             return UserError(f"{self.url}: 404: it has no model {self.model}, or the address is not up to /v1{told}")

@@ -13,7 +13,7 @@ from sftjax.config import UserError
 from sftjax.data.example import Message
 from sftjax.evaluate import contenders, endpoint
 from sftjax.evaluate.compare import run_compare
-from sftjax.evaluate.contenders import Contender, Local, Options, parse
+from sftjax.evaluate.contenders import Contender, Local, Options, Remote, parse
 from sftjax.evaluate.prompts import Ask
 from sftjax.generate.chat import open_engine
 
@@ -76,12 +76,44 @@ def test_a_server_through_two_prompts(world, capsys):
 
 def test_the_page_escapes_and_the_key_is_nowhere(world, capsys):
     with serving(oracle) as server:
-        compare(world, f"oracle={server.url}#m")
+        compare(world, f"oracle={server.url}#m", key_envs=["OPENAI_API_KEY"])
     page = (world / "out" / "compare.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "<script" not in page and "default-src 'none'" in page
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
     assert not [file for file in (world / "out").iterdir() if KEY in file.read_text()]
     assert KEY not in "".join(capsys.readouterr())
+
+
+def test_openais_key_goes_to_openai_alone(world):
+    with serving(oracle) as server:
+        compare(world, f"oracle={server.url}#m", rows=1)
+    assert server.headers and not any("Authorization" in headers for headers in server.headers)
+    sent = {
+        "https://api.openai.com/v1": KEY,
+        "https://API.openai.com:443/v1": KEY,
+        "http://api.openai.com/v1": None,
+        "https://api.openai.com.example.org/v1": None,
+        "https://openai.example.org/v1": None,
+        "http://localhost:8000/v1": None,
+    }
+    assert {url: Remote(Contender("m", url=url, model="m"), None, 1.0, 1).key for url in sent} == sent
+
+
+def test_a_key_is_sent_in_the_clear_to_this_machine_alone(world):
+    def key(url):
+        return Remote(Contender("m", url=url, model="m"), "OPENAI_API_KEY", 1.0, 1).key
+
+    for url in ("https://example.org/v1", "http://localhost:1/v1", "http://127.0.0.2/v1", "http://[::1]:8000/v1"):
+        assert key(url) == KEY
+    for url in (
+        "http://example.org/v1",
+        "http://10.0.0.1/v1",
+        "http://localhost.example.org/v1",
+        "http://127.0.0.1.example.org/v1",
+    ):
+        with pytest.raises(UserError, match="would be sent the key unencrypted; give an https address") as told:
+            key(url)
+        assert KEY not in str(told.value)
 
 
 def test_run_again_nothing_is_asked(world):
