@@ -15,6 +15,8 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,8 +28,17 @@ from sftjax.evaluate.endpoint import Endpoint, Reply, check_url
 from sftjax.evaluate.prompts import Ask, plain
 from sftjax.generate.chat import open_engine
 from sftjax.hf.load import resolve
-from sftjax.train.manifest import hash_tokenizer, hash_weights
+from sftjax.train.manifest import TOKENIZER
 
+# whatever changes an answer, beside the weights
+FILES = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    *TOKENIZER,
+    "chat_template.json",
+)
 NAMED = re.compile(r"([^/\\@=:#]+)=(.+)", re.DOTALL)
 
 
@@ -94,7 +105,7 @@ class Local:
         base = resolve(contender.path)
         beside = resolve(contender.adapter, needs="adapter_config.json") if contender.adapter else None
         self.chat = Chat(open_tokenizer(base, beside, False))
-        hashes = [f(folder) for folder in (base, beside) if folder for f in (hash_weights, hash_tokenizer)]
+        hashes = [hash_folder(folder) for folder in (base, beside) if folder]
         self.identity = hashlib.sha256("\0".join([*hashes, str(quantize), self.chat.template or ""]).encode()).hexdigest()
         self.notes = [] if self.chat.template else ["has no chat template: prompts are plain text"]
 
@@ -133,6 +144,22 @@ class Local:
                 start = time.perf_counter()
         del engine
         gc.collect()  # the next model gets its memory
+
+
+def hash_folder(folder: Path) -> str:
+    """Of the contents of all that answers depend on. Every byte of the weights counts: tuning may change middle layers alone."""
+    digest = hashlib.sha256()
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    for path in [*found, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.jinja"))]:
+        stat = path.stat()
+        digest.update(f"{path.name}\0{hash_file(path.resolve(), stat.st_size, stat.st_mtime_ns)}\0".encode())
+    return digest.hexdigest()
+
+
+@cache  # a base under several adapters is read once
+def hash_file(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Remote:

@@ -226,6 +226,23 @@ def test_a_model_is_known_by_what_it_is(toy, tmp_path):
     assert Local(Contender("m", path=str(one)), "int8", 8).identity != a
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer_config.json"])
+def test_every_byte_makes_another_model(toy, tmp_path, name):
+    base = tmp_path / "base"
+    shutil.copytree(toy.base, base)
+    file = base / name
+    if name.endswith(".safetensors"):
+        file.write_bytes(file.read_bytes() + bytes(3 * 2**20))  # neither its first nor its last MiB will tell
+    before = Local(Contender("m", path=str(base)), None, 8).identity
+    raw = bytearray(file.read_bytes() if file.exists() else b"{} ")
+    if name.endswith(".safetensors"):
+        raw[-3 * 2**19] ^= 1
+    else:
+        raw += b"\n"
+    file.write_bytes(raw)
+    assert Local(Contender("m", path=str(base)), None, 8).identity != before
+
+
 def test_labels_that_a_prompt_calls_otherwise(world):
     (world / "rows.csv").write_text("label,review\n" + "1,good\n0,bad\n" * 5)
     (world / "prompts.yaml").write_text('a: {input: "{review}", labels: {1: yes, 0: no}}\nb: "{review}"\n')
