@@ -206,6 +206,8 @@ def collect(model: Local | Remote, asks: Mapping[str, Sequence[Ask]], kept: Kept
     seen: set[str] = set()
     for name, all_of in asks.items():
         named = [(key(model.identity, a, options.telling()), a) for a in all_of]
+        if isinstance(model, Remote):
+            model.reached |= any(k in kept for k, _ in named)
         missing = {k: a for k, a in named if k not in kept and k not in seen}
         seen |= missing.keys()
         if missing:

@@ -176,6 +176,7 @@ class Remote:
         if self.key and not is_private(contender.url):
             raise UserError(f"--key-env={key_env}: {contender.url} would be sent the key unencrypted; give an https address")
         self.identity = f"{contender.url}#{contender.model}"
+        self.reached = False  # an earlier run has answers of it
         self.notes: list[str] = []
 
     def check(self, ask: Ask) -> None:
@@ -189,6 +190,7 @@ class Remote:
             key=self.key,
             key_env=self.key_env,
             timeout=self.timeout,
+            reached=self.reached,
             max_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p if options.top_p != 1 else None,

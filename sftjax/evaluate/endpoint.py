@@ -51,11 +51,11 @@ class Passing(Exception):
 
 
 class Refusal(Exception):
-    """The server will not answer this row."""
+    """No answer comes of this request: `of_row` where the server says so itself, else what came is none."""
 
-    def __init__(self, reason: str, param: str = ""):
+    def __init__(self, reason: str, param: str = "", of_row: bool = False):
         super().__init__(reason)
-        self.param = param
+        self.param, self.of_row = param, of_row
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -76,12 +76,15 @@ class Endpoint:
         key: str | None = None,
         key_env: str | None = None,
         timeout: float = 120.0,
+        reached: bool = False,
         **options: Any,
     ):
         self.url, self.model, self.key, self.key_env, self.timeout = url.rstrip("/"), model, key, key_env, timeout
         self.options = options  # max_tokens, temperature, top_p, stop, seed; None is not sent
         self.notes: list[str] = []  # what the server would not take
-        self.reached = False  # it has answered at least once: what fails now may pass
+        self.reached = reached  # it has answered, in an earlier run if not in this one: what fails now may pass
+        self.settled = False  # it has answered with these options
+        self.lock = threading.Lock()
         self.over = threading.Event()  # nobody waits for an answer any more
         self.opener = urllib.request.build_opener(NoRedirect)
 
@@ -110,16 +113,17 @@ class Endpoint:
         if tools:
             body["tools"] = list(tools)
         for attempt in range(1, TRIES + 1):
-            sent = {name: value for name, value in self.options.items() if value is not None}
+            with self.lock:
+                sent = self.held()
             start = time.perf_counter()
             try:
                 reply = self.read(self.post(body | sent), time.perf_counter() - start)
-                self.reached = True
+                self.reached = self.settled = True
                 return reply
             except Refusal as e:
-                if not self.reached:
-                    if self.adapt(e):
-                        continue
+                if self.adapt(e, sent):
+                    continue
+                if not (e.of_row or self.reached):
                     raise UserError(f"{self.url}: {e}") from None
                 return Reply("", False, None, None, 0.0, refused=str(e))
             except Passing as e:
@@ -132,20 +136,28 @@ class Endpoint:
                     break
         raise UserError(f"{self.url}: no answer; run again to go on from here")
 
-    def adapt(self, refusal: Refusal) -> bool:
+    def adapt(self, refusal: Refusal, sent: dict[str, Any]) -> bool:
         """Whether a request without the option that the server complained of is worth another try.
 
         Reasoning models of OpenAI's know max_tokens by another name and have a temperature of their own.
         """
-        held = {name for name, value in self.options.items() if value is not None}
-        if "max_completion_tokens" in str(refusal) and "max_tokens" in held:
-            self.options["max_completion_tokens"] = self.options.pop("max_tokens")
-            return True
-        if refusal.param in held & {"temperature", "top_p", "seed", "stop"}:
-            self.options[refusal.param] = None
-            self.notes.append(f"takes no {refusal.param}: answers with its own")
-            return True
-        return False
+        with self.lock:
+            if sent != self.held():
+                return True  # a request beside this one has been told the same
+            if self.settled:
+                return False
+            if "max_completion_tokens" in str(refusal) and "max_tokens" in sent:
+                self.options["max_completion_tokens"] = self.options.pop("max_tokens")
+                return True
+            if refusal.param in sent.keys() & {"temperature", "top_p", "seed", "stop"}:
+                self.options[refusal.param] = None
+                self.notes.append(f"takes no {refusal.param}: answers with its own")
+                return True
+            return False
+
+    def held(self) -> dict[str, Any]:
+        """The options that are sent."""
+        return {name: value for name, value in self.options.items() if value is not None}
 
     def post(self, body: dict[str, Any]) -> Any:
         """The JSON that comes back. Raises Passing, Refusal, UserError."""
@@ -195,7 +207,7 @@ class Endpoint:
         if code in PASSING:
             return Passing(f"{code}{told}", seconds(headers.get("Retry-After")))
         if code in OF_THE_ROW:
-            return Refusal(f"{code}: it refuses the request{told}", param)
+            return Refusal(f"{code}: it refuses the request{told}", param, of_row=True)
         return UserError(f"{self.url}: {code}{told or ': it does not say why'}")
 
     def complaint(self, raw: bytes) -> tuple[str, str, str]:

@@ -145,6 +145,29 @@ def test_interrupted_it_goes_on(world):
     assert got["cells"][1]["metrics"]["exact_match"]["value"] == 1.0
 
 
+@pytest.mark.parametrize("refusal", [failing(400, "a filter"), (200, {}, {"choices": []})])
+def test_with_a_refused_row_it_runs_again(world, refusal):
+    def picky(body, headers):
+        return refusal if "the sky" in body["messages"][-1]["content"] else oracle(body, headers)
+
+    with serving(picky) as server:
+        first = compare(world, f"a={server.url}#m")
+        assert len(server.bodies) == 8 and [cell["unanswered"] for cell in first["cells"]] == [1, 1]
+        again = compare(world, f"a={server.url}#m")
+        assert len(server.bodies) == 10 and again == first  # the refused ones are asked again
+        server.reply = oracle
+        assert [cell["unanswered"] for cell in compare(world, f"a={server.url}#m")["cells"]] == [0, 0]
+
+
+def test_a_comparison_where_every_row_is_refused(world, capsys):
+    with serving(lambda body, headers: failing(400, "no such role")) as server:
+        got = compare(world, f"a={server.url}#m")
+    assert [cell["unanswered"] for cell in got["cells"]] == [4, 4]
+    assert "4 rows without an answer, which counts as a wrong one; the first: 400: it refuses the request (no such role)" in (
+        capsys.readouterr().out
+    )
+
+
 def test_the_same_question_is_asked_once(world):
     (world / "rows.jsonl").write_text((world / "rows.jsonl").read_text() * 2)
     with serving(oracle) as server:

@@ -1,6 +1,7 @@
 """An OpenAI-compatible server is asked as it wants to be; what may pass is tried again, what will not is one sentence."""
 
 import socket
+import threading
 
 import pytest
 from fake_server import failing, said, serving
@@ -53,7 +54,6 @@ FAILURES = [
     (failing(401, f"Incorrect API key provided: {KEY}."), r"401: the key in MY_KEY is not accepted .*\*\*\*.*--key-env"),
     (failing(404, "The model `m` does not exist"), "404: it has no model m, or .*does not exist"),
     (failing(429, "You exceeded your quota", type="insufficient_quota"), "429: there is no credit left"),
-    (failing(400, "bad role"), "400: it refuses the request .bad role."),
     ((302, {"Location": "http://elsewhere/v1"}, b""), "302: it has moved to http://elsewhere/v1"),
     ((200, {}, b"<html>a proxy's page"), "something other than JSON"),
     ((200, {}, {"choices": []}), "has no choices"),
@@ -128,6 +128,33 @@ def test_a_row_that_is_refused_does_not_stop_the_others():
     assert first == "a"  # the shortest goes alone
     assert [got[i].text for i in range(4)] == ["ABC", "", "AB", "A"]
     assert "too long" in got[1].refused and got[0].refused is None
+
+
+def test_where_all_rows_are_refused_all_are_counted():
+    asks = [([Message("user", "x" * n)], None) for n in (3, 1, 2)]
+    with serving(lambda body, headers: failing(400, "bad role")) as server:
+        got = dict(Endpoint(server.url, "m").each(asks, parallel=2))
+    assert [got[i].refused for i in range(3)] == ["400: it refuses the request (bad role)"] * 3
+
+
+def test_options_are_found_while_rows_are_refused():
+    """The first is refused for good, so that the option is complained of to many requests at once."""
+    together = threading.Barrier(3, timeout=10)
+
+    def reply(body, headers):
+        if len(body["messages"][0]["content"]) == 1:
+            return failing(400, "a filter")
+        if "temperature" in body:
+            together.wait()
+            return failing(400, "'temperature' does not support 0", param="temperature")
+        return said("hm")
+
+    asks = [([Message("user", "x" * n)], None) for n in (1, 2, 3, 4)]
+    with serving(reply) as server:
+        asked = Endpoint(server.url, "m", temperature=0.0)
+        got = dict(asked.each(asks, parallel=3))
+    assert [got[i].text for i in range(4)] == ["", "hm", "hm", "hm"] and "a filter" in got[0].refused
+    assert asked.notes == ["takes no temperature: answers with its own"]
 
 
 def test_a_wrong_key_costs_one_request():
