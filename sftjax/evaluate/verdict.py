@@ -157,7 +157,10 @@ def conclusion(tops: Sequence[Cell], metric: str) -> str:
             f"and {100 * edge.low:.1f} at least."
         )
     most = max(edge.high for edge in edges.values())
-    rest = f"and none is likely to be more than {100 * most:.1f} points better" if most > 0 else "and all are worse"
+    if most > 0:
+        rest = f"and none is likely to be more than {100 * most:.1f} points better"
+    else:
+        rest = "and all are worse" if most < 0 else "and none is better on these rows"
     return f"So {base} is good enough as far as these rows can tell: no other model beats it, {rest}."
 
 

@@ -56,7 +56,11 @@ def test_a_prompt_that_is_good_enough():
 
 def test_equal_answers_and_one_model():
     same = right(50, 0.6)
-    assert verdict(cells(a__p=same, b__p=same), "m", 50)[0] == "b with p scores as a with p does, row by row."
+    tie = verdict(cells(a__p=same, b__p=same), "m", 50)
+    assert tie[0] == "b with p scores as a with p does, row by row."
+    assert tie[1].endswith("no other model beats it, and none is better on these rows.")
+    beside = verdict(cells(a__p=same, b__p=same, c__p=0 * same), "m", 50)  # one is worse, one is not
+    assert beside[2].endswith("no other model beats it, and none is better on these rows.")
     alone = verdict(cells(a__p=same), "m", 50)
     assert alone[0].startswith("a with p scores 60.0 [") and "the 40.0 points that are left" in alone[1]
     assert rivals(cells(a__p=same), "m") is None
