@@ -216,7 +216,7 @@ def compare_options(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]VARIABLE",
-        help="the environment variable with an endpoint's key (default OPENAI_API_KEY)",
+        help="the environment variable with an endpoint's key (default OPENAI_API_KEY, for api.openai.com alone)",
     )
     p.add_argument(
         "--price", action="append", default=[], metavar="NAME=IN,OUT", help="dollars a million tokens of prompts, of answers"
@@ -338,7 +338,7 @@ def eval_(args: argparse.Namespace) -> None:
     from sftjax.check import refuse_metrics
     from sftjax.config import UserError, default, override, parts
     from sftjax.evaluate.table import show
-    from sftjax.tasks.evaluate import evaluate_model, evaluate_run
+    from sftjax.tasks.evaluate import evaluate_model, evaluate_run, refuse_too_few
     from sftjax.tasks.export import FORMS, read_config
 
     of_run = [f"--{name}" for name in ("workdir", "checkpoint", "split") if getattr(args, name)]
@@ -347,8 +347,9 @@ def eval_(args: argparse.Namespace) -> None:
         raise UserError(f"{of_run[0]} is for a run and {of_model[0]} for a model without one; give only one of them")
     if args.model and not args.data:
         raise UserError("--model needs --data=FILE, the rows that it is measured on")
-    if args.rows is not None and args.rows < 0:
-        raise UserError(f"--rows={args.rows}: needs at least 0")
+    refuse_too_few(vars(args))
+    if args.model:
+        refuse_keys(args.overrides)
     metrics = parts(args.metrics or "")
     refuse_metrics(metrics, "--metrics")
     keep_compilations()
@@ -382,21 +383,65 @@ def eval_(args: argparse.Namespace) -> None:
         print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={quantize}" if quantize else ""))
 
 
+OF_A_FILE = ("data.", "eval.", "seed", "task", "model.dtype", "model.trust_remote_code")  # what a model on a file can be told
+FLAGS = {
+    "model.path": "--model=DIR",
+    "model.adapter": "--adapter=DIR",
+    "model.quantize": "--quantize",
+    "data.train": "--data=FILE",
+    "data.eval": "--data=FILE",
+    "eval.generate": "--rows=N",
+}
+
+
+def refuse_keys(overrides: list[str], of: tuple[str, ...] = OF_A_FILE) -> None:
+    """Raises UserError for a config key that means nothing where a model is evaluated on a file."""
+    from sftjax.config import UserError, default, flatten
+
+    known = dict(flatten(default()))
+    for item in overrides:
+        key = item.partition("=")[0]
+        if key in FLAGS:
+            raise UserError(f"--config.{item}: means nothing with --model; use {FLAGS[key]}")
+        if key in known and (key == "data.split" or not key.startswith(of)):
+            raise UserError(
+                f"--config.{item}: means nothing with --model, whose rows are those of --data; leave it out, of the config's "
+                f"keys it takes {', '.join(name + '*' * name.endswith('.') for name in of)}"
+            )
+
+
 def eval_scored(args: argparse.Namespace, config: Any, adapter: str | None, quantize: str | None) -> bool:
     """Evaluates a model that ends with a score head; False where it does not."""
+    from rich.console import Console
+
     from sftjax.config import UserError
+    from sftjax.evaluate.table import show
     from sftjax.hf.load import load_config, resolve
     from sftjax.hf.model import load
     from sftjax.hf.peft import adapter_labels
-    from sftjax.tasks.scored import score_file
+    from sftjax.tasks.scored import KEYS, score_file
+    from sftjax.train.run import Run
 
     labels = load_config(resolve(args.model)).labels
     if not labels and not (adapter and adapter_labels(resolve(adapter, needs="adapter_config.json"))):
         return False
-    if useless := [f"--{name}" for name in ("base", "metrics", "rows") if getattr(args, name)]:
-        raise UserError(f"{useless[0]}: {adapter or args.model} ends with a score head, and has no such choice; leave it out")
-    score_file(load(args.model, adapter=adapter, quantize=quantize), args.data, config, out=args.out)
-    print(f"scores.jsonl and eval.json: {args.out}" if args.out else "nothing was written; --out=DIR keeps every score")
+    plain = argparse.ArgumentParser()
+    model(plain)
+    usual = {**vars(plain.parse_args([])), "max_new_tokens": None, "base": None, "metrics": None, "rows": None}
+    asked = [
+        name for name, value in usual.items() if name not in ("model", "adapter", "quantize") and getattr(args, name) != value
+    ]
+    if asked:
+        flag = "--" + asked[0].replace("_", "-")
+        raise UserError(f"{flag}: {adapter or args.model} ends with a score head, and has no such choice; leave it out")
+    refuse_keys(args.overrides, KEYS)
+    place = Run(args.out, option="--out") if args.out else None
+    how = {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code}
+    m = load(args.model, adapter=adapter, quantize=quantize, **how)
+    found = score_file(m, args.data, config, place=place, batch_size=args.batch_size)
+    print()
+    show(found, Console())
+    print(f"\nscores.jsonl and eval.json: {args.out}" if args.out else "nothing was written; --out=DIR keeps every score")
     return True
 
 

@@ -146,6 +146,21 @@ def test_a_run_and_adapters_without_one_are_not_mixed(mistake, tmp_path, argv, s
         ),
         (["--model=m"], "--model needs --data=FILE, the rows that it is measured on"),
         (["--workdir=w", "--rows=-1"], "--rows=-1: needs at least 0"),
+        (["--workdir=w", "--max-new-tokens=0"], "--max-new-tokens=0: needs at least 1"),
+        (["--workdir=w", "--batch-size=0"], "--batch-size=0: needs at least 1"),
+        (
+            ["--model=m", "--data=d", "--config.model.quantize=nf4"],
+            "--config.model.quantize=nf4: means nothing with --model; use --quantize",
+        ),
+        (
+            ["--model=m", "--data=d", "--config.data.train=x"],
+            "--config.data.train=x: means nothing with --model; use --data=FILE",
+        ),
+        (
+            ["--model=m", "--data=d", "--config.mesh.fsdp=2"],
+            "--config.mesh.fsdp=2: means nothing with --model, whose rows are those of --data; leave it out, of the "
+            "config's keys it takes data.*, eval.*, seed, task, model.dtype, model.trust_remote_code",
+        ),
         (["--workdir=w"], "--workdir=w: no config.json there, so it is no run's directory"),
     ],
 )
@@ -191,7 +206,10 @@ def test_a_run_and_its_data_are_evaluated(toy, sftjax, mistake, tmp_path):
 )
 def test_what_was_written_says_what_to_run_next(tmp_path, to, quantize, adapter, command):
     if adapter:
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base", "r": adapter}))
+        own = {"base_model_name_or_path": "base", "r": adapter, "task_type": "CAUSAL_LM"}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(own))
+    else:
+        (tmp_path / "config.json").write_text("{}")
     assert cli.what_next(to, str(tmp_path), quantize) == command.replace("OUT", str(tmp_path))
 
 

@@ -98,7 +98,8 @@ def evaluate_run(
     config = own if config is None else config
     check(config)
     refuse_another_config(workdir, config)
-    heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
+    check_options(config, options)
+    place = Run(out, option="--out") if out else Run(workdir / "eval")
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, mesh)
     start = Base(config)
@@ -112,7 +113,7 @@ def evaluate_run(
     sides = [Side(name, decoder, select.uncut(p)) for name, p in (("base", params), ("tuned", tuned))]
     subject = Subject(sides, start.chat, ends(start.directory, start.chat), rows, config, mesh)
     of = {"workdir": str(workdir), "step": step, "split": split}
-    found = measure(subject, of, out=Path(out).expanduser() if out else workdir / "eval", say=say, **options)
+    found = measure(subject, of, place=place, say=say, **options)
     if not out:
         write_report(workdir)
     return found
@@ -132,19 +133,22 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluates a model, with an adapter over it where one is given, on all rows of `data`; beside the model `base`, where given.
 
-    `config` says how rows are read and answered (its `data` and `eval`); None is the defaults. Nothing is written where `out` is
-    None. `options` as in `measure`. Returns what eval.json would hold. Raises UserError.
+    `config` says how rows are read and answered (its `data`, `eval`, `seed` and `task`), and the models' `model.dtype` and
+    `model.trust_remote_code`; None is the defaults. Nothing is written where `out` is None. `options` as in `measure`. Returns
+    what eval.json would hold. Raises UserError.
     """
     config = config.copy_and_resolve_references() if config is not None else schema.default()
     check(config)
     config.data.train, config.data.eval, config.data.split = (data,), None, (1,)
     config.model.path, config.task = model, "pretrain" if config.task == "pretrain" else "sft"
-    heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
-    m = load(model, adapter=adapter, quantize=quantize)
+    check_options(config, options)
+    place = Run(out, option="--out") if out else None
+    how = {"quantize": quantize, "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code}
+    m = load(model, adapter=adapter, **how)
     refuse_head(adapter or model, m.config.labels)
     sides = [Side("tuned" if base else "model", m.module, m.params)]
     if base:
-        other = load(base, quantize=quantize)
+        other = load(base, **how)
         refuse_head(base, other.config.labels)
         refuse_another_tokenizer(base, model, other.tokenizer, m.tokenizer)
         sides.insert(0, Side("base", other.module, other.params))
@@ -158,27 +162,27 @@ def evaluate_model(
     say(f"{data}: {report['read']:,} rows read, {report['kept']:,} kept, dropped: {told}")
     subject = Subject(sides, chat, ends(m.directory, chat), splits.train, config, sharding.make_mesh(1, 1, 1))
     of = {"model": model, "adapter": adapter, "base": base, "data": data}
-    return measure(subject, of, out=Path(out).expanduser() if out else None, say=say, **options)
+    return measure(subject, of, place=place, say=say, **options)
 
 
 def measure(
     subject: Subject,
     of: dict[str, Any],
     *,
-    out: Path | None,
+    place: Run | None,
     metrics: Sequence[str] = (),
     rows: int | None = None,
     max_new_tokens: int | None = None,
     say: Say = print,
     **sampling: Any,
 ) -> dict[str, Any]:
-    """What eval.json holds of `subject`; writes it and predictions.jsonl to `out`, where one is given.
+    """What eval.json holds of `subject`; writes it and predictions.jsonl to `place`, where one is given.
 
     `metrics`: () is config.eval.metrics, else those that suit the rows. `rows`: how many are answered, 0 for none.
     `max_new_tokens`: None is config.eval.max_new_tokens. `sampling` as in Engine.each.
     """
     config, names = subject.config, [side.name for side in subject.sides]
-    longest = max_new_tokens or config.eval.max_new_tokens
+    longest = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
     questions = chosen(subject, ASKED if rows is None else rows)
     metrics = (
         metrics
@@ -214,11 +218,22 @@ def measure(
     }
     if len(answers) == 2:
         found["changed"] = changed(questions, answers[0], answers[1], metrics)
-    if out is not None:
-        with Run(out) as place:
-            place.write_lines("predictions.jsonl", predictions(questions, names, answers, metrics))
-            place.write_json("eval.json", found)
+    if place is not None:
+        place.write_lines("predictions.jsonl", predictions(questions, names, answers, metrics))
+        place.write_json("eval.json", found)
     return found
+
+
+def check_options(config: ConfigDict, options: dict[str, Any]) -> None:
+    """Raises UserError for options of `measure` that nothing can be measured with: before anything long has begun."""
+    refuse_too_few(options)
+    heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
+
+
+def refuse_too_few(options: dict[str, Any]) -> None:
+    for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+        if (n := options.get(name)) is not None and n < least:
+            raise UserError(f"--{name.replace('_', '-')}={n}: needs at least {least}")
 
 
 def chosen(subject: Subject, most: int) -> list[heldout.Question]:

@@ -32,12 +32,20 @@ from sftjax.train import tensorboard
 class Run:
     """`with Run("runs/mine") as run: run.resume_from(0); run.log(10, {"loss": 1.3})`.
 
-    `writer` None means: is this jax process 0? Raises UserError where the directory cannot be made or written.
+    `writer` None means: is this jax process 0? Raises UserError, which names the `option` that asked for the directory, where it
+    cannot be made or written.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, use_tensorboard: bool = False, writer: bool | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        use_tensorboard: bool = False,
+        writer: bool | None = None,
+        option: str = "--workdir",
+    ):
         if "://" in str(workdir):
-            raise UserError(f"--workdir={workdir}: a run's directory is local; copy it to a bucket afterwards")
+            raise UserError(f"{option}={workdir}: the directory is to be a local one; copy it to a bucket afterwards")
         if writer is None:
             import jax
 
@@ -51,8 +59,10 @@ class Run:
         if writer:
             try:
                 self.workdir.mkdir(parents=True, exist_ok=True)
+                if not os.access(self.workdir, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             except OSError as e:
-                raise UserError(f"--workdir={workdir}: cannot be made ({e.strerror}); choose another directory") from e
+                raise UserError(f"{option}={workdir}: cannot be made or written ({e.strerror}); choose another directory") from e
 
     def __enter__(self) -> Run:
         return self

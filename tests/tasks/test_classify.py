@@ -8,7 +8,7 @@ import pytest
 import toy as worlds
 
 import sftjax
-from sftjax import tasks
+from sftjax import cli, tasks
 from sftjax.config import UserError
 from sftjax.data.preview import preview
 from sftjax.evaluate import classes
@@ -127,6 +127,40 @@ def test_a_head_goes_on_from_where_it_was(to, run, toy, world, tmp_path):
     assert second["eval_loss_before"] == pytest.approx(first["eval_loss"], abs=1e-5)
     assert second["macro_f1_before"] == pytest.approx(first["macro_f1"])
     export(tmp_path / "run", to=to, out=tmp_path / "again")
+
+
+def test_a_file_is_evaluated_with_intervals_and_what_a_head_has_no_use_for_is_refused(run, world, tmp_path, capfd):
+    def told(*argv):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["eval", f"--model={tmp_path / 'out'}", f"--data={data}", *argv])
+        return end.value.code, capfd.readouterr()
+
+    data = worlds.write_rows(
+        tmp_path / "more.jsonl",
+        [{"text": f"{i} {'apple' if i % 3 else 'saw'}", "label": "tool" if i % 5 == 0 else "fruit"} for i in range(30)],
+    )
+    export(run[0], to="hf", out=tmp_path / "out")
+    code, (said, err) = told(f"--out={tmp_path / 'eval'}", "--batch-size=7")
+    assert (code, err) == (0, "") and "macro-F1" in said
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert len((tmp_path / "eval" / "scores.jsonl").read_text().splitlines()) == found["rows"] == 30
+    for name, of in found["figures"][0]["figures"].items():
+        assert of["model"]["value"] == pytest.approx(found[name]), name
+        assert of["model"]["low"] < of["model"]["value"] < of["model"]["high"], name
+    (tmp_path / "file").write_text("")
+    for argv, sentence in {
+        "--rows=0": "--rows: ",
+        "--max-new-tokens=512": "--max-new-tokens: ",
+        "--temperature=0.5": "--temperature: ",
+        "--stop=x": "--stop: ",
+        "--seed=1": "--seed: ",
+        "--config.data.max_length=64": "--config.data.max_length=64: means nothing with --model",
+        "--config.data.template=chatml": "--config.data.template=chatml: a classifier reads its texts without one",
+        "--batch-size=0": "--batch-size=0: needs at least 1",
+        f"--out={tmp_path / 'file'}": f"--out={tmp_path / 'file'}: cannot be made or written",
+    }.items():
+        code, (_, err) = told(argv)
+        assert code == 1 and err.startswith(f"sftjax eval: {sentence}"), (argv, err)
 
 
 def test_rare_labels_count_more_where_they_are_to(world, tmp_path, capsys):

@@ -168,6 +168,29 @@ def test_a_run_that_generates_nothing_or_learns_otherwise_is_told(tmp_path, chan
         evaluate_run(tmp_path)
 
 
+def test_where_nothing_can_be_written_is_told_before_anything_is_done(toy, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = []
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"^--out={out}: cannot be made or written"):
+            evaluate_run(run[0], out=out, say=done.append)
+        with pytest.raises(UserError, match=f"^--out={out}: cannot be made or written"):
+            evaluate_model(str(toy.base), data=str(toy.data), out=out, say=done.append)
+    assert not done
+    with pytest.raises(UserError, match=r"^--max-new-tokens=0: needs"):
+        evaluate_model(str(toy.base), data=str(toy.data), max_new_tokens=0)
+
+
+def test_a_model_computes_in_the_type_that_it_is_told(toy):
+    config = default()
+    config.data.max_length = 64
+    losses = []
+    for config.model.dtype in ("float32", "bfloat16"):
+        found = evaluate_model(str(toy.base), config, data=str(toy.data), rows=0, say=lambda _: None)
+        losses.append(whole(found)["loss"]["model"]["value"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_more_rows_are_answered_from_the_same_shuffle(run, tmp_path):
     workdir, _ = run
     asked = []

@@ -10,9 +10,10 @@ import toy as worlds
 import sftjax
 from sftjax import tasks
 from sftjax.config import UserError, default
-from sftjax.evaluate.calibration import calibration
+from sftjax.evaluate.calibration import calibration, calibration_sums
 from sftjax.tasks.export import export
 from sftjax.tasks.scored import score_file
+from sftjax.train.run import Run
 
 METHODS = {"lora": {}, "full": {"method": "full", "optim.lr": 3e-3}}
 STEPS, HALF = 6, 3
@@ -98,10 +99,23 @@ def test_transformers_says_the_same(run, data, tmp_path):
         said = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].numpy()
     np.testing.assert_allclose(sftjax.rewards(model, conversations, batch_size=2), said, rtol=1e-4, atol=1e-4)
 
-    found = score_file(model, str(data["bradley_terry"]), default(), out=tmp_path / "eval", say=print)
+    found = score_file(model, str(data["bradley_terry"]), default(), place=Run(tmp_path / "eval"), say=print)
     assert found["pairs"] == 72 and found["accuracy"] > 0.9
     lines = [json.loads(line) for line in (tmp_path / "eval" / "scores.jsonl").read_text().splitlines()]
     assert found["margin"] == pytest.approx(np.mean([a - b for a, b in (line["rewards"] for line in lines)]), abs=1e-5)
+
+    ranked = score_file(model, str(data["plackett_luce"]), default(), batch_size=5, say=print)
+    for one in (found, ranked):
+        for name, of in one["figures"][0]["figures"].items():
+            assert of["rows"] == 72 and of["model"]["value"] == pytest.approx(one[name], abs=1e-5), name
+            assert of["model"]["low"] <= of["model"]["value"] + 1e-6 and of["model"]["low"] <= of["model"]["high"], name
+    margin = ranked["figures"][0]["figures"]["margin"]["model"]
+    assert margin["low"] < margin["value"] < margin["high"]
+    plain = tmp_path / "plain.jinja"
+    plain.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    config = default()
+    config.data.template = str(plain)
+    assert score_file(model, str(data["bradley_terry"]), config, say=print)["margin"] != found["margin"]
 
 
 def test_a_reward_model_goes_on_and_its_padding_ends_no_sequence(run, world, tmp_path):
@@ -117,6 +131,16 @@ def test_what_is_as_often_right_as_it_is_sure_is_calibrated():
     assert calibration(np.array([sure, sure, sure, sure]))["ece"] == pytest.approx(0.25)
     assert calibration(np.zeros(4))["ece"] == 0  # undecided, and half right
     assert calibration(np.zeros(0)) == {}
+
+
+def test_the_calibration_of_rows_is_that_of_their_pairs():
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=n) for n in (3, 0, 1, 40)]
+    sums = calibration_sums(rows)
+    for some in ([0, 1, 2, 3], [0, 2], [3, 3, 0]):
+        pairs = np.concatenate([rows[i] for i in some])
+        assert sums.figure(sums.rows[some].sum(0)) == pytest.approx(calibration(pairs)["ece"])
+    assert np.isnan(sums.figure(sums.rows[1]))
 
 
 MISTAKES = {
