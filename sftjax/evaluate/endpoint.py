@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from typing import Any
 
 from sftjax.config import UserError
@@ -172,6 +172,8 @@ class Endpoint:
         except urllib.error.HTTPError as e:
             with e:
                 raise self.failure(e.code, e.headers, e.read(65536)) from None
+        except InvalidURL as e:
+            raise UserError(f"{self.url}: is no address ({e})") from None
         except TimeoutError as e:
             raise Passing(f"no answer within {self.timeout:g} s") from e
         except (urllib.error.URLError, HTTPException, OSError) as e:
@@ -253,15 +255,32 @@ def seconds(text: str | None) -> float | None:
 
 
 def check_url(text: str) -> tuple[str, str]:
-    """URL#model -> (URL, model). Raises UserError."""
+    """URL#model -> (URL, model). Raises UserError, which repeats nothing that may be a secret."""
     url, _, model = text.partition("#")
-    parts = urllib.parse.urlsplit(url)
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise UserError("--model: the address has a password in it; keys go into environment variables, named by --key-env")
+    if "?" in url:
+        raise UserError(
+            f"--model={url.partition('?')[0]}?...: an address has nothing after a ?; keys go into environment variables, "
+            "named by --key-env"
+        )
     if not model:
         raise UserError(f"--model={text}: needs the model's name after a #, e.g. {url.rstrip('/')}#NAME")
-    if not parts.hostname:
+    if not (url.isascii() and url.isprintable() and " " not in url):
+        raise UserError(f"--model={text!r}: the address has a character in it that none has; type it anew")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = "", -1
+    if port is not None and not 0 < port < 65536:
+        raise UserError(f"--model={text}: has no valid host and port; an address is like http://localhost:8000/v1#NAME")
+    if not host:
         raise UserError(f"--model={text}: has no host; an address is like http://localhost:8000/v1#NAME")
-    if parts.username or parts.password:
-        raise UserError("--model: the address has a password in it; keys go into environment variables, named by --key-env")
+    try:
+        host.encode("idna")  # as the look-up will
+    except UnicodeError:
+        raise UserError(f"--model={text}: {host} is no host's name; an address is like http://localhost:8000/v1#NAME") from None
     if parts.path.rstrip("/").endswith("/chat/completions"):
         raise UserError(f"--model={text}: give the address up to /v1, without /chat/completions")
     return url.rstrip("/"), model

@@ -289,7 +289,7 @@ def test_rows_are_chosen_by_the_seed(world):
 def test_how_models_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a@b").mkdir()
-    specs = ["Qwen/Qwen3-0.6B", "runs/base@runs/lora/", "mine=x@y", "a@b", "http://h:1/v1#org/m", "gpt=https://h/v1?x=1#m"]
+    specs = ["Qwen/Qwen3-0.6B", "runs/base@runs/lora/", "mine=x@y", "a@b", "http://h:1/v1#org/m", "gpt=https://h/v1#m"]
     got = parse(specs)
     assert [c.name for c in got] == ["Qwen3-0.6B", "base+lora", "mine", "a@b", "m", "gpt"]
     assert [(c.path, c.adapter) for c in got[:4]] == [
@@ -298,7 +298,7 @@ def test_how_models_are_named(tmp_path, monkeypatch):
         ("x", "y"),
         ("a@b", None),
     ]
-    assert [(c.url, c.model) for c in got[4:]] == [("http://h:1/v1", "org/m"), ("https://h/v1?x=1", "m")]
+    assert [(c.url, c.model) for c in got[4:]] == [("http://h:1/v1", "org/m"), ("https://h/v1", "m")]
 
 
 def test_an_adapter_goes_over_its_base(toy, world, monkeypatch):

@@ -169,14 +169,34 @@ def test_a_wrong_key_costs_one_request():
         ("http://host/v1", "needs the model's name after a #"),
         ("http:///v1#m", "has no host"),
         ("http://me:pass@host/v1#m", "has a password in it"),
+        ("http://me:pass@host/v1", "has a password in it"),
+        ("http://me:pass@[::1#m", "has a password in it"),
         ("http://host/v1/chat/completions#m", "without /chat/completions"),
+        ("http://[::1#m", "has no valid host and port"),
+        ("http://host/v1?key=pass@#m", r"--model=http://host/v1\?\.\.\.: an address has nothing after a \?"),
+        ("http://host:80000/v1#m", "has no valid host and port"),
+        ("http://host:0/v1#m", "has no valid host and port"),
+        ("http://host:v1#m", "has no valid host and port"),
+        ("http://ho st/v1#m", "has a character in it that none has"),
+        ("http://host/v1\n#m", "has a character in it that none has"),
+        ("http://h\u00f6st/v1#m", "has a character in it that none has"),
+        (f"http://{'h' * 64}/v1#m", "is no host's name"),
+        ("http://a..b/v1#m", "is no host's name"),
     ],
 )
 def test_an_address_is_checked(text, sentence):
     with pytest.raises(UserError, match=sentence) as told:
         check_url(text)
-    assert "pass@" not in str(told.value)
+    assert "pass@" not in str(told.value) and str(told.value).isprintable()
 
 
 def test_an_address():
     assert check_url("http://host:8000/v1/#org/m") == ("http://host:8000/v1", "org/m")
+    assert check_url("https://[::1]:1/v1#m?@x") == ("https://[::1]:1/v1", "m?@x")
+
+
+def test_an_address_that_cannot_be_one_is_tried_once(monkeypatch):
+    asked = Endpoint("http://h%20st/v1", "m")  # urllib unquotes it
+    monkeypatch.setattr(asked.over, "wait", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(UserError, match=r"http://h%20st/v1: is no address \("):
+        asked.ask(HI)
