@@ -302,12 +302,24 @@ def test_without_a_topology_every_kind_of_chip_has_a_line(tmp_path):
     said: list[str] = []
     out = report.plan(c, say=said.append)
     assert {chip["chip"] for chip in out["chips"]} <= set(CHIPS) and all(chip["chip"] in "\n".join(said) for chip in out["chips"])
+    assert any(line.startswith("the data was not read (") for line in said)
+
+
+def test_columns_of_any_width_stand_apart(tmp_path, monkeypatch):
+    c, _ = golden_plan.config("qwen3_lora", tmp_path)
+    monkeypatch.setattr(report, "largest", lambda *_: 2**20)
+    said: list[str] = []
+    report.plan(c, say=said.append)
+    lines = [line for line in said if "rows at a time" in line]
+    assert lines and all(" 1,048,576 rows at a time " in line for line in lines)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--topology=v5e_16"], "--topology=v5e_16: no such chip; did you mean v5e?"),
+        (["--topology=cpu", "--price=2"], "--price=2.0: no time is estimated for a CPU"),
+        (["--price=2"], "--price=2.0: needs a --topology, such as v5e:1x1"),
         (["--exact"], "--exact needs a --topology, such as v5e:1x1"),
         (["--topology=h100", "--exact"], "--exact asks a TPU's compiler, which knows no h100; leave it out"),
         (["--topology=v5e-1", "--price=-1"], "--price=-1.0: needs dollars"),

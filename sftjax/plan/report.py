@@ -60,9 +60,13 @@ def plan(
         raise UserError(f"--efficiency={efficiency}: needs a share, above 0 and at most 1")
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"--price={price}: needs dollars for an hour of one chip, at least 0")
+    if price is not None and topology is None:
+        raise UserError(f"--price={price}: needs a --topology, such as v5e:1x1, whose chips it is the price of")
     if topology is None and compile:
         raise UserError("--exact needs a --topology, such as v5e:1x1")
     where = parse(topology) if topology else None
+    if price is not None and where and where.chip.name == "cpu":
+        raise UserError(f"--price={price}: no time is estimated for a CPU, so it has no price; leave it out")
     if where and compile:
         exact.ready(where)
     rows = read_rows(config)
@@ -74,6 +78,8 @@ def plan(
         work = count(job.step, job.state, job.frozen, job.batch)
     out = head(job, on, where, say)
     out |= arithmetic(job, work, say)
+    if rows.why:
+        say(f"the data was not read ({rows.why})")
     if where is None:
         out["chips"] = chips(job, on, work, efficiency, say)
     else:
@@ -197,8 +203,6 @@ def pace(
     parts = ", ".join(f"{name} {getattr(took, name):.2g} s" for name in ("compute", "memory", "network"))
     say(f"  at the makers' peaks: {parts}; a run is assumed to reach {100 * efficiency:.0f} % of the slowest (--efficiency)")
     out = {"step_s": took.seconds, "bound": took.bound, "tokens_per_s": speed}
-    if rows.why:
-        say(f"the data was not read ({rows.why})")
     if rows.steps:
         hours = rows.steps * took.seconds / 3600
         of = f" for {rows.rows:,} rows in" if rows.rows else " for"
@@ -235,7 +239,7 @@ def chips(job: Dry, on: Estimator, work: Work, efficiency: float, say: Say) -> l
         speed = f"{big(job.rows * job.length / took.seconds)}tokens/s" if fits else ""
         most = f"up to {rows * on.shards:,} rows at a time" if rows else "not even one row"
         here = "fits" if fits else "does not fit"
-        say(f"  {name:<10}{where.chip.memory / GIB:>7.1f} GiB  {here:<13} {most:<27}{speed}".rstrip())
+        say(f"  {name:<10}{where.chip.memory / GIB:>7.1f} GiB  {here:<13} {most:<29} {speed}".rstrip())
         found.append({"chip": name, "fits": fits, "largest_micro_batch": rows * on.shards})
     return found
 
