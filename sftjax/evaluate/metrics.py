@@ -1,8 +1,7 @@
 """Scores of answers against what was expected, all between 0 and 1. White space around either never counts.
 
 METRICS   (answer, expected) -> float: of one row
-CORPUS    (answers, expected) -> float: of all rows, where that is not the mean of theirs
-sums      every figure as a function of sums over rows, which is what resampling them needs:
+all_sums  every figure of all rows as a function of sums over them, which is what resampling needs:
 
 exact_match   the same text                                  mean of rows
 contains      the expected text is in the answer, in upper or lower case
@@ -91,11 +90,6 @@ def json_valid(answer: str, expected: str = "") -> bool:
         return False
 
 
-def macro_f1(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """The mean over the expected labels of 2 tp / (2 tp + fp + fn). An answer that is no label is a miss and no one's gain."""
-    return total(label_sums(answers, expected))
-
-
 METRICS: Mapping[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "contains": contains,
@@ -133,7 +127,10 @@ def ratio(values: Sequence[float] | np.ndarray, counts: Sequence[float] | np.nda
 
 
 def label_sums(answers: Sequence[str], expected: Sequence[str]) -> Sums:
-    """Macro-F1, from [hit, expected or answered] of every label."""
+    """Macro-F1: the mean over the expected labels of 2 tp / (2 tp + fp + fn), from [hit, expected, answered] of every label.
+
+    An answer that is no label is a miss and no one's gain.
+    """
     answers, expected = [a.strip() for a in answers], [e.strip() for e in expected]
     labels = {label: i for i, label in enumerate(sorted(set(expected)))}
     rows = np.zeros((len(answers), 3, len(labels)))
@@ -165,24 +162,12 @@ def total(sums: Sums) -> float:
     return float(sums.figure(sums.rows.sum(0))) if len(sums.rows) else float("nan")
 
 
-def of_corpus(name: str, answers: Sequence[str], expected: Sequence[str]) -> float:
-    return total(CORPUS_SUMS[name](answers, expected))
-
-
-CORPUS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = {name: partial(of_corpus, name) for name in CORPUS_SUMS}
-
-
 def row_scores(names: Iterable[str], answers: Sequence[str], expected: Sequence[str]) -> dict[str, list[float]]:
     """{name: a score a row}; macro_f1, which a row has none of, is left out. Raises UserError for a name that is no metric,
     and where a library is missing."""
     refuse_metrics(names := tuple(names))
     rows = list(zip(answers, expected, strict=True))
     return {name: [float(METRICS[name](a, e)) for a, e in rows] for name in names if name in METRICS}
-
-
-def corpus_scores(names: Iterable[str], answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """{name: the figure of all rows}: CORPUS where that has it, else the mean of the rows' scores. Raises as `row_scores`."""
-    return {name: total(of) for name, of in all_sums(names, answers, expected).items()}
 
 
 def all_sums(names: Iterable[str], answers: Sequence[str], expected: Sequence[str]) -> dict[str, Sums]:

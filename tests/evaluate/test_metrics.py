@@ -13,7 +13,7 @@ import pytest
 from sftjax.check import METRICS as NAMES
 from sftjax.config import UserError
 from sftjax.evaluate import metrics, rouge_bleu
-from sftjax.evaluate.metrics import CORPUS, METRICS, corpus_scores, exact_match, fitting, macro_f1, number, row_scores
+from sftjax.evaluate.metrics import CORPUS_SUMS, METRICS, exact_match, fitting, number, row_scores, total
 from sftjax.evaluate.script import chinese
 
 VOCAB = ["the", "a", "cat", "sat", "on", "mat,", "and", "then", "it", "ran", "home.", "isn't", "well-known", "42"]
@@ -31,11 +31,16 @@ def pairs(n=40, **kind):
     return [e if i % 3 == 0 else a for i, (a, e) in enumerate(zip(answers, expected))], expected
 
 
+def of_all(names, answers, expected):
+    """{name: the figure of all rows}"""
+    return {name: total(of) for name, of in metrics.all_sums(names, answers, expected).items()}
+
+
 CHINESE = {"words": ZH, "join": ""}
 
 
 def test_every_name_of_the_config_is_a_metric():
-    assert {*METRICS, *CORPUS} == {*NAMES}
+    assert {*METRICS, *CORPUS_SUMS} == {*NAMES}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_bleu_and_chrf_are_sacrebleus(kind, tokenize):
     for n in (1, 2, 40):
         answers, expected = pairs(n + 1, **kind)
         answers, expected = answers[1:], expected[1:]
-        got = corpus_scores(["bleu", "chrf"], answers, expected)
+        got = of_all(["bleu", "chrf"], answers, expected)
         assert 100 * got["bleu"] == pytest.approx(BLEU(tokenize=tokenize).corpus_score(answers, [expected]).score)
         assert 100 * got["chrf"] == pytest.approx(CHRF().corpus_score(answers, [expected]).score)
     rows = row_scores(["bleu", "chrf"], answers, expected)
@@ -135,7 +140,7 @@ def test_bleu_of_few_matches_is_smoothed_as_sacrebleu_does():
     from sacrebleu.metrics import BLEU
 
     for a, e in (("the cat sat down here", "the dog sat up there"), ("x", "y"), ("", "a b c d e"), ("a b", "a b")):
-        assert 100 * corpus_scores(["bleu"], [a], [e])["bleu"] == pytest.approx(BLEU().corpus_score([a], [[e]]).score)
+        assert 100 * of_all(["bleu"], [a], [e])["bleu"] == pytest.approx(BLEU().corpus_score([a], [[e]]).score)
 
 
 def test_macro_f1_is_the_mean_of_the_labels():
@@ -147,10 +152,12 @@ def test_macro_f1_is_the_mean_of_the_labels():
         fp = sum(a == label != e for a, e in zip(answers, expected))
         fn = sum(e == label != a for a, e in zip(answers, expected))
         f1.append(2 * tp / (2 * tp + fp + fn))
-    assert macro_f1(answers, expected) == pytest.approx(sum(f1) / 3)
-    assert macro_f1(["x", "y"], ["x", "y"]) == 1 and macro_f1(["y", "x"], ["x", "y"]) == 0
+    (got,) = of_all(["macro_f1"], answers, expected).values()
+    assert got == pytest.approx(sum(f1) / 3)
+    for said, f1_of in ((["x", "y"], 1), (["y", "x"], 0)):
+        assert of_all(["macro_f1"], said, ["x", "y"]) == {"macro_f1": f1_of}
     accuracy = sum(a == e for a, e in zip(answers, expected)) / 60
-    assert corpus_scores(["accuracy"], answers, expected) == {"accuracy": pytest.approx(accuracy)}
+    assert of_all(["accuracy"], answers, expected) == {"accuracy": pytest.approx(accuracy)}
 
 
 def test_exact_match_and_contains():
@@ -172,7 +179,7 @@ def test_a_figure_is_a_function_of_sums_over_rows(kind):
     """All rows, and any rows taken any number of times: as scoring just those."""
     answers, expected = pairs(**kind)
     taken = np.random.default_rng(0).integers(0, len(answers), 25)
-    of_them = corpus_scores(NAMES, [answers[i] for i in taken], [expected[i] for i in taken])
+    of_them = of_all(NAMES, [answers[i] for i in taken], [expected[i] for i in taken])
     for name, sums in metrics.all_sums(NAMES, answers, expected).items():
         assert sums.figure(sums.rows[taken].sum(0)) == pytest.approx(of_them[name], nan_ok=True), name
         assert 0 <= of_them[name] <= 1
@@ -182,10 +189,10 @@ def test_rows_have_every_score_but_the_corpus_own():
     answers, expected = pairs()
     rows = row_scores(NAMES, answers, expected)
     assert {*rows} == {*NAMES} - {"macro_f1"} and all(len(scores) == 40 for scores in rows.values())
-    for name, value in corpus_scores(NAMES, answers, expected).items():
-        if name not in CORPUS:
+    for name, value in of_all(NAMES, answers, expected).items():
+        if name not in CORPUS_SUMS:
             assert value == pytest.approx(sum(rows[name]) / 40)
-    assert math.isnan(corpus_scores(["exact_match"], [], [])["exact_match"])
+    assert math.isnan(of_all(["exact_match"], [], [])["exact_match"])
 
 
 def test_what_suits_the_data_is_chosen():
@@ -197,13 +204,13 @@ def test_what_suits_the_data_is_chosen():
 
 def test_a_wrong_name_and_a_missing_library_are_sentences(monkeypatch):
     with pytest.raises(UserError, match=r"metrics=rouge: no such metric.*did you mean rouge"):
-        corpus_scores(["rouge"], ["a"], ["a"])
+        of_all(["rouge"], ["a"], ["a"])
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     rouge_bleu.chrf_of.cache_clear()
     with pytest.raises(
         UserError, match=r"the metric chrf needs sacrebleu, which is not installed; run pip install 'sftjax\[eval\]'"
     ):
-        corpus_scores(["chrf"], ["a"], ["a"])
+        of_all(["chrf"], ["a"], ["a"])
 
 
 def test_rouge_is_there_where_torch_is_hidden():
