@@ -31,6 +31,7 @@ from sftjax.evaluate.endpoint import Reply
 from sftjax.evaluate.kept import Kept, key, open_out
 from sftjax.evaluate.metrics import METRICS, all_sums, fitting, row_scores
 from sftjax.evaluate.prompts import Ask, Variant, ask, read_variants
+from sftjax.evaluate.table import line as in_line
 from sftjax.evaluate.verdict import Cell, figures, rivals, verdict
 from sftjax.generate.answer import refuse
 from sftjax.generate.sampling import choose
@@ -39,7 +40,6 @@ from sftjax.train.run import full_disk, replace
 AS_GIVEN = "as given"  # the prompt where no file of prompts is
 IN_PAGE = 100  # rows that compare.html shows
 SHOWN = 4000  # characters of a text there
-IN_LINE = 160  # characters of one in the terminal
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def run_compare(
     """Asks every model every row through every prompt; prints and writes what came of it, and returns compare.json.
 
     `models` as --model has them (contenders.py), `prompts` a file of variants (prompts.py), `metrics` names of METRICS and
-    CORPUS of which the first decides. Raises UserError for what is wrong, before the first answer wherever that can be known.
+    CORPUS_SUMS of which the first decides. Raises UserError for what is wrong, before the first answer wherever that can be
+    known.
     """
     contenders = parse(models)
     counts = {"--rows": rows, "--max-new-tokens": options.max_new_tokens}
@@ -356,41 +357,36 @@ def show_all(result: Mapping[str, Any], asked: Sequence[Asked], rows: Sequence[R
         console.print(f"\n{title}")
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         for i, name in enumerate(head):
-            table.add_column(Text(short(name, 40)), justify="left" if name in ("model", "prompt") and i < 2 else "right")
+            table.add_column(Text(in_line(name, 40)), justify="left" if name in ("model", "prompt") and i < 2 else "right")
         for line in lines:
-            table.add_row(*(Text(short(text, 40)) for text in line))
+            table.add_row(*(Text(in_line(text, 40)) for text in line))
         console.print(table)
     if any(cell["why"] for cell in result["cells"]):
         console.print()
     for cell in result["cells"]:
         if cell["why"]:
             what = f"{many(cell['unanswered'], 'row')} without an answer, which counts as a wrong one; the first: {cell['why']}"
-            console.print(f"{cell['model']} with {cell['prompt']}: {what}", soft_wrap=True)
+            console.print(in_line(f"{cell['model']} with {cell['prompt']}: {what}", None), soft_wrap=True)
     differ = result["disagreements"]["rows"]
     if most > 0:
         some = f"{len(differ):,} of {many(len(rows), 'row')} {'is' if len(differ) == 1 else 'are'} scored differently by some"
         console.print(f"\n{some if differ else 'No row is scored differently by any'}; the first:")
     for i in (differ or range(len(rows)))[:most]:
-        console.print(f"\n{rows[i].where}  {short(question(asked[0].asks[i]), IN_LINE)}", soft_wrap=True)
-        names = [f"{a.contender.name}, {a.variant.name}" for a in asked]
-        width = min(40, max(map(len, [*names, "expected"])))
-        console.print(f"  {'expected':{width}}  {short(asked[0].expected[i], IN_LINE)}", soft_wrap=True)
+        console.print(f"\n{in_line(rows[i].where, None)}  {in_line(question(asked[0].asks[i]))}", soft_wrap=True)
+        names = [in_line(f"{a.contender.name}, {a.variant.name}", 40) for a in asked]
+        width = max(map(len, [*names, "expected"]))
+        console.print(f"  {'expected':{width}}  {in_line(rows[i].answer)}", soft_wrap=True)
         for name, a in zip(names, asked):
-            console.print(f"  {short(name, 40):{width}}  {short(a.answers[i], IN_LINE)}", soft_wrap=True)
+            own = f"  (expected: {in_line(a.expected[i])})" if a.expected[i] != rows[i].answer else ""
+            console.print(f"  {name:{width}}  {in_line(a.answers[i])}{own}", soft_wrap=True)
     console.print()
     for sentence in result["verdict"]:
-        console.print(sentence, soft_wrap=True)
+        console.print(in_line(sentence, None), soft_wrap=True)
 
 
 def question(ask: Ask) -> str:
     """What the row asks, without what every row is told."""
     return ask.text if ask.text is not None else str(ask.messages[-1].content)
-
-
-def short(text: str, most: int) -> str:
-    """One line that a terminal can be given: an answer may hold anything."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 # The page
@@ -423,6 +419,7 @@ def page(
                 {
                     "who": f"{a.contender.name}, {a.variant.name}",
                     "text": cut(a.answers[i]),
+                    "expected": cut(a.expected[i]) if a.expected[i] != rows[i].answer else None,
                     "score": of[by][i],
                     "why": a.replies[i].refused or ("" if a.replies[i].stopped else "cut off"),
                 }

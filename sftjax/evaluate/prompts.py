@@ -192,7 +192,8 @@ def variant(name: str, parts: Any, where: str) -> Variant:
             if parts[key] in ("", None):
                 raise UserError(f'{here}: {{{key}}} without quotes is YAML\'s own; write "{{{key}}}"')
             near = difflib.get_close_matches(key, PARTS, n=1)
-            raise UserError(f"{here}.{key}: no such part; " + (f"did you mean {near[0]}?" if near else f"there are {PARTS}"))
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PARTS)}"
+            raise UserError(f"{here}.{key}: no such part; {hint}")
     words = {key: words_of(parts[key], f"{here}.{key}") for key in PARTS[:3] if key in parts}
     question = words.get("instruction", "") + words.get("input", "{input}")
     shots = tuple(example_of(e, f"{here}.examples[{i}]", question) for i, e in enumerate(list_of(parts.get("examples"), here)))

@@ -72,7 +72,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             console.print(f"[bold]rows that {word} most[/]")
         for row in rows[:SHOWN]:
             change = f"{100 * row['change']:+.1f}"
-            console.print(f"  [{LOOKS[way]}]{change}[/]  {escape(row['where'])}", soft_wrap=True, highlight=False)
+            console.print(f"  [{LOOKS[way]}]{change}[/]  {escape(line(row['where'], None))}", soft_wrap=True, highlight=False)
             for part in ("prompt", "expected", "base", "tuned"):
                 console.print(f"      {part:8}  {escape(line(row[part]))}", soft_wrap=True, highlight=False)
 
@@ -102,7 +102,7 @@ def tags_table(tables: Sequence[Mapping[str, Any]], metrics: Sequence[str], mode
             cells = [f"{of['rows']:,}", *(around(name, of[m]) if len(models) == 2 else told(name, of[m]) for m in models)]
             if len(models) == 2:
                 cells += [told(name, of["difference"], sign=True), marked(verdict(name, of["difference"]))]
-            table.add_row("all" if one["tag"] is None else escape(one["tag"]), *cells)
+            table.add_row("all" if one["tag"] is None else escape(line(one["tag"])), *cells)
     return table
 
 
@@ -110,7 +110,7 @@ def marked(word: str) -> str:
     return f"[{LOOKS[word]}]{word}[/]" if word in LOOKS else word
 
 
-def line(text: str, most: int = 160) -> str:
-    """A text in one line."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= most else f"{flat[: most - 4]} ..."
+def line(text: str, most: int | None = 160) -> str:
+    """A text in one line of `most` characters that a terminal can be given: an answer, or a row, may hold anything."""
+    flat = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return flat if most is None or len(flat) <= most else f"{flat[: most - 4]} ..."

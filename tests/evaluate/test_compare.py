@@ -266,7 +266,16 @@ def test_every_byte_makes_another_model(toy, tmp_path, name):
     assert Local(Contender("m", path=str(base)), None, 8).identity != before
 
 
-def test_labels_that_a_prompt_calls_otherwise(world):
+def test_an_answer_is_shown_without_what_a_terminal_obeys(world, capsys):
+    (world / "prompts.yaml").write_text('"a\\eb": "{thing}"\n')
+    with serving(lambda body, headers: said("\x1b[2J\x1b]0;mine\x07green")) as server:
+        compare(world, f"m={server.url}#m")
+    shown = capsys.readouterr().out
+    assert "\ufffd[2J\ufffd]0;mine\ufffdgreen" in shown and "a\ufffdb" in shown
+    assert not [c for c in shown if not c.isprintable() and c != "\n"]
+
+
+def test_labels_that_a_prompt_calls_otherwise(world, capsys):
     (world / "rows.csv").write_text("label,review\n" + "1,good\n0,bad\n" * 5)
     (world / "prompts.yaml").write_text('a: {input: "{review}", labels: {1: yes, 0: no}}\nb: "{review}"\n')
     with serving(lambda body, headers: said("yes")) as server:
@@ -274,6 +283,12 @@ def test_labels_that_a_prompt_calls_otherwise(world):
     assert got["metrics"] == ["accuracy", "macro_f1"]
     assert [cell["metrics"]["accuracy"]["value"] for cell in got["cells"]] == [0.5, 0.0]
     assert got["cells"][0]["metrics"]["macro_f1"]["value"] == pytest.approx(1 / 3)
+    shown = capsys.readouterr().out  # each is held against what it should have said
+    first = shown[shown.index("rows.csv:2") :].splitlines()[:4]
+    assert [" ".join(told.split()) for told in first[1:]] == ["expected 1", "m, a yes (expected: yes)", "m, b yes"]
+    page = (world / "out" / "compare.html").read_text()
+    assert page.count('<h3>expected</h3><pre dir="auto">yes</pre>') == 5
+    assert page.count('<h3>expected</h3><pre dir="auto">1</pre>') == 5
 
 
 def test_rows_are_chosen_by_the_seed(world):

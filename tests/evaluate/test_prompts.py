@@ -103,6 +103,7 @@ def test_a_model_without_a_template_reads_on():
     [
         ("", "needs names of prompts"),
         ("- a\n", "needs names of prompts"),
+        ("a: {zzz: x}\n", r"a\.zzz: no such part; there are system, instruction, input, examples, labels$"),
         ("a: {inptu: x}\n", r"a\.inptu: no such part; did you mean input"),
         ("a:\n  input: {text}\n", r"a\.input: \{text\} without quotes"),
         ("a: {text}\n", r"a: \{text\} without quotes"),

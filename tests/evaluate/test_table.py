@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sftjax.evaluate.table import around, number, show, told
+from sftjax.evaluate.table import around, line, number, show, told
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,11 @@ def test_intervals():
     assert told("bleu", None) == around("bleu", None) == "-"
 
 
+def test_a_line_has_nothing_that_a_terminal_obeys():
+    assert line(" a\x1b]0;mine\x07\n b\u202e\ud800") == "a\ufffd]0;mine\ufffd b\ufffd\ufffd"
+    assert line("x" * 30, 10) == "xxxxxx ..." and line("x" * 300, None) == "x" * 300
+
+
 @pytest.mark.parametrize("models", [("base", "tuned"), ("model",)])
 def test_everything_fits_into_a_terminal(models):
     def figure(value):
@@ -39,17 +44,25 @@ def test_everything_fits_into_a_terminal(models):
 
     names = ("exact_match", "json_valid", "macro_f1", "numeric")
     figures = {"loss": figure(12.3456), "perplexity": figure(8765.4)} | {name: figure(0.9) for name in names}
-    row = {"where": "a.jsonl:3", "change": 1.0, "prompt": "[bold]p\nq", "expected": "e", "base": "b", "tuned": "[/t]"}
+    row = {
+        "where": "a\x1b.jsonl:3",
+        "change": 1.0,
+        "prompt": "[bold]p\nq",
+        "expected": "\x1b[2Je",
+        "base": "b\x9b",
+        "tuned": "[/t]",
+    }
     found = {
         "models": list(models),
         "metrics": ["exact_match"],
         "how": {"bleu": "as sacrebleu's"},
-        "figures": [{"tag": None, "figures": figures}, {"tag": "a long tag/[red]of some kind", "figures": figures}],
+        "figures": [{"tag": None, "figures": figures}, {"tag": "a long tag/[red]of some\x1bkind", "figures": figures}],
         "changed": {"better": [row], "worse": []},
     }
     out = io.StringIO()
     show(found, Console(file=out, width=80))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert not [c for c in text if not c.isprintable() and c != "\n"]
     for part in ("loss", "valid JSON", "macro-F1", "1,319", "[bold]p q", "[/t]", "BLEU: as sacrebleu's", "exact match by tag"):
         assert part in text, part
