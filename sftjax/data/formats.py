@@ -6,7 +6,7 @@ A row that cannot be used comes as a Rejected in its place, with file, line, fie
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -109,7 +109,12 @@ def labels(data: Any, most: int, what_for: str) -> tuple[str, ...]:
                 continue  # told when the row itself is read
         if len(found) > most:
             raise UserError(f"{source.path}: more than {most} labels, too many for {what_for}")
-    return tuple(sorted(found, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
+    return in_order(found)
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Sorted, numbers by their size and before the rest."""
+    return tuple(sorted(labels, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
 
 
 def _named(row: Any) -> Any:

@@ -1,5 +1,7 @@
 """What a confusion matrix says: counts [C, C] of texts of label i (rows) that were taken for label j (columns).
 
+Where a model may say what is no label, a last column counts those texts: [C, C+1].
+
 precision  of those taken for a label, the share that is of it        recall  of those of a label, the share found
 F1         2 tp / (2 tp + fp + fn)        macro-F1  the mean of F1 over the labels that occur
 """
@@ -21,7 +23,7 @@ def scores(counts: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     total = int(counts.sum())
     if not total:
         return {}
-    right, true, said = np.diag(counts), counts.sum(1), counts.sum(0)
+    right, true, said = np.diag(counts), counts.sum(1), counts.sum(0)[: len(labels)]
     f1 = share(2 * right, true + said)
     per_class = {
         label: {"precision": p, "recall": r, "f1": f, "count": n}
@@ -36,6 +38,15 @@ def scores(counts: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
         "per_class": per_class,
         "confusion": counts.tolist(),
     }
+
+
+def counted(expected: Sequence[str], said: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """[C, C+1] counts of texts by what each is expected to be, one of `labels`, and what was said of it."""
+    at = {label: i for i, label in enumerate(labels)}
+    counts = np.zeros((len(labels), len(labels) + 1), np.int64)
+    for wanted, answer in zip(expected, said, strict=True):
+        counts[at[wanted], at.get(answer.strip(), len(labels))] += 1
+    return counts
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ head    score = h_T @ W of the text's last token, -log softmax(score)[label]; ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from ml_collections import ConfigDict
 
 from sftjax import tree
 from sftjax.config import UserError
+from sftjax.data.formats import LABELS, in_order
 from sftjax.data.rows import Rows
 from sftjax.evaluate import classes
 from sftjax.losses import neftune
 from sftjax.losses.classify import classify as cross_entropy
 from sftjax.losses.classify import predicted
 from sftjax.tasks import sft
+from sftjax.tasks.answers import Answers
 from sftjax.tasks.job import Job
 from sftjax.train.loop import to_devices
 
@@ -29,11 +32,16 @@ from sftjax.train.loop import to_devices
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
     if config.classify.by == "label":
-        return sft.train(config, workdir, force=force)
+        return by_label(Job(config, workdir, force=force))
     job = Job(config, workdir, force=force)
     labels = job.base.labels
     weights = class_weights(config.classify.class_weights, labels, job.splits.train.labels())
-    tell_balance(job, labels, weights)
+    counts = counted(labels, job.splits.train.labels())
+    tell_balance(job, counts, weights)
+    if missing := [label for label, n in counts.items() if not n]:
+        job.say(f"warning: no training row has the label {', '.join(missing)}: the head cannot learn it")
+    elif not weights and max(counts.values()) > 4 * min(counts.values()):
+        job.say("the labels are uneven: --config.classify.class_weights=balanced makes the rare ones count more")
     had_head = bool(job.base.source_config.labels or job.base.adapter)
     before = confusion(job, tree.join(job.trainable, job.frozen), job.splits.eval) if had_head else None
     noisy = neftune(job.forward, alpha=config.loss.neftune_alpha) if config.loss.neftune_alpha else job.forward
@@ -52,9 +60,35 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         **{f"test_{name}": test[name] for name in ("accuracy", "macro_f1") if test},
     }
     if found:
-        balance = {"labels": list(labels), "counts": counted(labels, job.splits.train.labels()), "weights": weights}
+        balance = {"labels": list(labels), "counts": counts, "weights": weights}
         extra |= {name: found.pop(name) for name in ("accuracy", "macro_f1")} | {"classes": balance | found}
     return job.finish(tally, extra=extra, samples=[])
+
+
+def by_label(job: Job) -> dict[str, Any]:
+    """Labels as answers: fine-tuning, with what the answers before and after were taken for."""
+    rows = job.splits.train
+    found = Counter(label for i in range(len(rows)) if (label := rows.example(i).label) is not None)
+    if len(found) > LABELS:
+        job.say(f"{len(found):,} labels of the training rows, more than {LABELS}: no figures of each")
+        return sft.learn(job)
+    tell_balance(job, {label: found[label] for label in in_order(found)})
+
+    def summary(answers: Answers) -> dict[str, Any]:
+        if not answers.questions:
+            return {}
+        expected = [q.label or "" for q in answers.questions]
+        labels = in_order({*found, *expected})
+        before, after = (
+            classes.scores(classes.counted(expected, [a.text for a in each], labels), labels)
+            for each in (answers.base, answers.tuned)
+        )
+        told = {"labels": list(labels), "counts": {label: found[label] for label in labels}, "weights": []}
+        told |= {name: after[name] for name in ("majority", "per_class", "confusion")}
+        told |= {f"{name}_before": before[name] for name in ("per_class", "confusion")}
+        return answers.summary() | {"classes": told}
+
+    return sft.learn(job, summary)
 
 
 def class_weights(asked: Any, labels: Sequence[str], rows: np.ndarray) -> list[float]:
@@ -73,17 +107,12 @@ def counted(labels: Sequence[str], rows: np.ndarray) -> dict[str, int]:
     return dict(zip(labels, np.bincount(rows, minlength=len(labels)).tolist()))
 
 
-def tell_balance(job: Job, labels: Sequence[str], weights: Sequence[float]) -> None:
+def tell_balance(job: Job, counts: Mapping[str, int], weights: Sequence[float] = ()) -> None:
     """The labels of the training rows, with what each counts where they do not count alike."""
-    counts = counted(labels, job.splits.train.labels())
-    total, wide = sum(counts.values()), max(map(len, labels))
-    job.say(f"{len(labels)} labels of the training rows:")
+    total, wide = sum(counts.values()), max(map(len, counts))
+    job.say(f"{len(counts)} labels of the training rows:")
     for i, (label, n) in enumerate(counts.items()):
         job.say(f"  {label:<{wide}}  {n:>9,}  {100 * n / total:5.1f} %" + (f"  counts {weights[i]:.3g}" if weights else ""))
-    if missing := [label for label, n in counts.items() if not n]:
-        job.say(f"warning: no training row has the label {', '.join(missing)}: the head cannot learn it")
-    elif not weights and max(counts.values()) > 4 * min(counts.values()):
-        job.say("the labels are uneven: --config.classify.class_weights=balanced makes the rare ones count more")
 
 
 def confusion(job: Job, params: Any, rows: Rows) -> np.ndarray:

@@ -5,6 +5,7 @@ Held-out prompts are answered before and after.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from sftjax.tasks.job import Job
 
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
-    job = Job(config, workdir, force=force)
+    return learn(Job(config, workdir, force=force))
+
+
+def learn(job: Job, summary: Callable[[Answers], dict[str, Any]] = Answers.summary) -> dict[str, Any]:
+    """The job with these losses; `summary` is what summary.json holds of the answers."""
     answers = Answers(job)
     answers.before()
-    c = config.loss
+    c = job.config.loss
     noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
     params, tally = job.fit(
         loss=masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance),
@@ -28,4 +33,4 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         answer=answers.now,
     )
     answers.after(params)
-    return job.finish(tally, answers.summary(), answers.samples())
+    return job.finish(tally, summary(answers), answers.samples())

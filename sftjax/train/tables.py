@@ -14,11 +14,12 @@ def confusion(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     if not found:
         return None
     labels, rows = found["labels"], []
+    columns = [*labels, "no label"][: len(found["confusion"][0])]  # an answer may be none
     total = max(sum(found["counts"].values()), 1)
     for i, label in enumerate(labels):
         of = found["per_class"][label]
         cells = [
-            {"n": n, "shade": round(100 * n / max(of["count"], 1)), "right": i == j, "as": labels[j]}
+            {"n": n, "shade": round(100 * n / max(of["count"], 1)), "right": i == j, "as": columns[j]}
             for j, n in enumerate(found["confusion"][i])
         ]
         figures = [f"{of[name]:.3f}" for name in ("precision", "recall", "f1")]
@@ -28,7 +29,7 @@ def confusion(summary: Mapping[str, Any]) -> dict[str, Any] | None:
             {"label": label, "trained": f"{trained:,}", "share": f"{100 * trained / total:.1f} %", "weight": weight}
             | {"count": of["count"], "figures": figures, "cells": cells}
         )
-    return {"labels": labels if len(labels) <= SHOWN_LABELS else [], "rows": rows, "weighted": bool(found["weights"])}
+    return {"labels": columns if len(labels) <= SHOWN_LABELS else [], "rows": rows, "weighted": bool(found["weights"])}
 
 
 def calibration(summary: Mapping[str, Any]) -> dict[str, Any] | None:

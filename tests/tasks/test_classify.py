@@ -183,6 +183,28 @@ def test_a_long_text_is_cut_and_keeps_its_label(world, tmp_path):
     assert summary["eval_loss"] < 0.5 * summary["eval_loss_before"]
 
 
+def test_labels_as_answers_are_counted_before_and_after(world, tmp_path, capsys):
+    changes = {"classify.by": "label", "eval.generate": 10, "eval.max_new_tokens": 6, "train.steps": 2}
+    summary = tasks.train(world(**changes), tmp_path / "run")
+    assert "2 labels of the training rows:" in capsys.readouterr().out
+    found, samples = summary["classes"], [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert found["labels"] == ["fruit", "tool"] and sum(found["counts"].values()) > 60
+    for end, key in (("tuned", "confusion"), ("base", "confusion_before")):
+        counts = np.array(found[key])
+        assert counts.shape == (2, 3) and counts.sum() == len(samples) == 10
+        assert np.trace(counts) == sum(s[f"exact_{end}"] for s in samples)
+        assert counts[:, 2].sum() == sum(s[end].strip() not in ("fruit", "tool") for s in samples)
+    assert "no label</th>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_answer_that_is_no_label_is_a_miss_and_no_ones_gain():
+    counts = classes.counted(["a", "a", "b"], ["a\n", "what?", "a"], ["a", "b"])
+    assert counts.tolist() == [[1, 0, 1], [1, 0, 0]]
+    found = classes.scores(counts, ["a", "b"])
+    assert found["accuracy"] == pytest.approx(1 / 3) and found["per_class"]["a"]["precision"] == 0.5
+    assert found["macro_f1"] == pytest.approx(0.25)
+
+
 def test_what_a_batch_counts_is_as_scikit_learn_has_it():
     counts = np.array([[5, 1, 0], [2, 2, 0], [0, 0, 0]])
     found = classes.scores(counts, "abc")
