@@ -80,7 +80,7 @@ class Engine:
 
         `batch_size` rows go on together; the next prompt takes the place of an answer that ends. Prompts of like length
         start together, within WINDOW batches that follow each other in order. Raises UserError, before the first answer,
-        for a prompt that is empty or leaves no room within the model's positions.
+        for a prompt that is empty or leaves no room within the model's positions, and for a `seed` outside 0..2**32-1.
         """
         if stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer to be found with")
@@ -119,6 +119,8 @@ class Engine:
             n = min(max(1, 2 * n), CHUNK) if time.perf_counter() - began < LOOK else max(1, n // 2)
 
     def _flight(self, slots: int, max_new_tokens: int, seed: int, sampling: dict[str, Any]) -> Flight:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed}: needs a whole number from 0 to {2**32 - 1}")
         return Flight(
             self.model,
             self.params,

@@ -57,7 +57,7 @@ class Flight:
         sampling: Sampling,
         seed: int,
     ):
-        self.model, self.params, self.sampling, self.seed = model, params, sampling, seed
+        self.model, self.params, self.sampling, self.seed = model, params, sampling, np.uint32(seed)
         self.stops = np.asarray(sorted(stops), np.int32)
         self.limit, self.max_new = limit, max_new
         self.B = power(slots, least=batch_shards())

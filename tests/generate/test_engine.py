@@ -169,6 +169,20 @@ def test_samples_come_from_seed_and_row_not_from_the_batch():
     assert list(engine.stream(PROMPTS[0], max_new_tokens=12, temperature=1.0, top_p=0.95, seed=3)) == first[0]
 
 
+def test_seeds_are_32_bits():
+    engine = Engine(Decoder(CONFIG), PARAMS)
+
+    def draw(seed):
+        return engine.generate(PROMPTS[:1], max_new_tokens=12, temperature=1.0, seed=seed)
+
+    assert draw(2**32 - 1) != draw(2**31) != draw(0)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"seed={seed}: needs a whole number from 0 to 4294967295"):
+            draw(seed)
+        with pytest.raises(UserError, match=f"seed={seed}"):
+            next(engine.stream(PROMPTS[0], max_new_tokens=1, seed=seed))
+
+
 def test_stop_ids_end_a_row_and_only_that_row():
     free = Engine(Decoder(CONFIG), PARAMS).generate(PROMPTS, max_new_tokens=40)
     stop = free[1].ids[20]
