@@ -142,10 +142,12 @@ def grpo(forward: Forward, *, low: float = 0.2, high: float = 0.2, beta: float =
         def predicted(x: Array) -> Array:  # by the position that predicts the token
             return jnp.roll(x, -1, axis=1)
 
-        counts = jnp.where(weights > 0, predicted(batch.counts), 0)
-        old, advantages = predicted(batch.logps), predicted(batch.advantages)
+        # what is no action is out before it is computed with: 0 times an infinity would be nan
+        acts = weights > 0
+        logps, old, reference = (jnp.where(acts, x, 0) for x in (logps, predicted(batch.logps), predicted(batch.reference)))
+        counts, advantages = jnp.where(acts, predicted(batch.counts), 0), predicted(batch.advantages)
         each, clipped = clipped_policy(logps, old, advantages, low=low, high=high)
-        apart = divergence(logps, predicted(batch.reference), kl)
+        apart = divergence(logps, reference, kl)
         total = (weights * (each + beta * apart)).sum()
         n = counts.sum()
         shown = {"kl": apart, "clip_fraction": clipped.astype(jnp.float32), "approx_kl": divergence(logps, old, "k2")}

@@ -22,7 +22,7 @@ from sftjax import sharding
 from sftjax.data.batch import Batch
 from sftjax.models import attention
 from sftjax.models.config import DecoderConfig
-from sftjax.models.layers import MLP, Dense, Embed, RMSNorm, rope, rotate
+from sftjax.models.layers import MLP, Dense, Embed, RMSNorm, rope, rotate, scaled
 from sftjax.models.moe import Mixture, Routed
 from sftjax.weights import kinds
 
@@ -144,7 +144,7 @@ class Block(nn.Module):
         def add(x: Array, name: str, y: Array) -> Array:
             if c.post_norms:
                 y = RMSNorm(c.norm_eps, c.norm_offset, name=name)(y)
-            return sharding.constrain(x + c.residual_scale * y, sharding.BATCH, None, None)
+            return sharding.constrain(x + scaled(y, c.residual_scale), sharding.BATCH, None, None)
 
         y = before("attn_norm", x)
         y, cache = Attention(c, name="attn")(y, rotary, segments, positions, per_layer, cache)
@@ -159,7 +159,8 @@ class Decoder(nn.Module):
     """tokens, segments, positions [B, T] -> (hidden [B, T, D], cache, routed). `dtype` is the compute dtype.
 
     `on_embed` maps the embeddings [B, T, D] before the first layer: the one hook that NEFTune needs. `lower` is the
-    number of layers in a first stack of their own (`weights.select.cut`).
+    number of layers in a first stack of their own (`weights.select.cut`). `lengths` [B] are the rows' whole lengths where
+    only some of their columns come at once.
     """
 
     config: DecoderConfig
@@ -176,12 +177,13 @@ class Decoder(nn.Module):
         positions: Array,
         cache: Cache | None = None,
         on_embed: Callable[[Array], Array] | None = None,
+        lengths: Array | None = None,
     ) -> tuple[Array, Cache | None, Routed | None]:
         c = self.config
         x = Embed(c.vocab, c.width, self.dtype, c.init_std, name="embed")(tokens)
-        x *= jnp.asarray(c.embed_scale, x.dtype)
+        x *= jnp.asarray(c.embed_scale, x.dtype)  # rounded first, as in the checkpoints that have one
         x = sharding.constrain(on_embed(x) if on_embed else x, sharding.BATCH, None, None)
-        rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r) for r in distinct(c.ropes) or (c.rope,)]
+        rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r, lengths) for r in distinct(c.ropes) or (c.rope,)]
         per_layer = PerLayer(jnp.arange(c.layers), which(c.windows), which(c.ropes))
         stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}
         carry, routed = (x, cache), list[Any]()
@@ -191,8 +193,8 @@ class Decoder(nn.Module):
                 carry, of_stack = self.stack(end - start, name)(carry, here, rotaries, segments, positions)
                 routed.append(of_stack)
         x, cache = carry
-        x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x) * jnp.asarray(c.logit_scale, x.dtype)
-        return x, cache, jax.tree.map(lambda *each: jnp.concatenate(each), *routed)
+        x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
+        return scaled(x, c.logit_scale), cache, jax.tree.map(lambda *each: jnp.concatenate(each), *routed)
 
     def stack(self, length: int, name: str) -> nn.Module:
         """`length` blocks as one scanned body."""

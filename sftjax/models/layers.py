@@ -93,7 +93,9 @@ def parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -
     return module.param(name, init, shape)
 
 
-def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c: Rope | None) -> tuple[Array, Array]:
+def rope(
+    positions: Array, segments: Array, head_dim: int, max_positions: int, c: Rope | None, lengths: Array | None = None
+) -> tuple[Array, Array]:
     """cos and sin [B, T, 1, R], float32, for positions [B, T], R the part of H that turns. arXiv:2104.09864.
 
     kind      inverse frequencies
@@ -102,10 +104,16 @@ def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c
     llama3    long wavelengths divided, short kept, between them blended
     yarn      the same by dimension, and cos and sin scaled (arXiv:2309.00071)
     longrope  each divided by a factor of its own, by another in sequences beyond the trained length (arXiv:2402.13753)
+
+    A sequence's length is its segment's, or `lengths` [B] where rows hold only a part of theirs.
     """
     if c is None:  # turned by nothing: of the shape of the others, which its layers are stacked with
         flat = jnp.ones((*positions.shape, 1, head_dim), jnp.float32)
         return flat, 0 * flat
+
+    def whole() -> Array:  # [B, T or 1, 1]
+        return (segment_lengths(positions, segments) if lengths is None else lengths[:, None])[..., None]
+
     head_dim = int(head_dim * c.partial)
     half = head_dim // 2
     exponents = jnp.arange(half, dtype=jnp.float32) * 2 / head_dim
@@ -121,11 +129,11 @@ def rope(positions: Array, segments: Array, head_dim: int, max_positions: int, c
         keep = yarn_ramp(half, head_dim, c)
         frequencies = keep * frequencies + (1 - keep) * frequencies / c.factor
     elif c.kind == "dynamic":
-        lengths = jnp.maximum(segment_lengths(positions, segments), max_positions)[..., None]  # [B, T, 1]
-        grown = c.factor * lengths / max_positions - (c.factor - 1)
+        reached = jnp.maximum(whole(), max_positions)
+        grown = c.factor * reached / max_positions - (c.factor - 1)
         frequencies = (c.theta * grown ** (head_dim / (head_dim - 2))) ** -exponents  # [B, T, H/2]
     elif c.kind == "longrope":
-        beyond = segment_lengths(positions, segments)[..., None] > c.original_max_positions  # [B, T, 1]
+        beyond = whole() > c.original_max_positions
         frequencies = frequencies / jnp.where(beyond, jnp.asarray(c.long_factor), jnp.asarray(c.short_factor))
     angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
@@ -150,6 +158,11 @@ def segment_lengths(positions: Array, segments: Array) -> Array:
     T = segments.shape[1]
     longest = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=T + 1))(positions, segments)
     return jnp.take_along_axis(longest, segments, axis=1) + 1
+
+
+def scaled(x: Array, by: float) -> Array:
+    """x * by, rounded once: a factor rounded to bfloat16 first would be off alike in every layer."""
+    return x if by == 1 else (x.astype(jnp.float32) * by).astype(x.dtype)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

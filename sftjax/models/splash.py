@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sftjax.models.layers import scaled
+
 LANES, MOST = 128, 512  # a block is a multiple of the first, and 512 the size that fills a TPU's matrix unit from v4 on
 
 
@@ -48,7 +50,7 @@ def splash(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    q = (q * scale).reshape(B, padded, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    q = scaled(q, scale).reshape(B, padded, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
     of_heads = jax.vmap(run, in_axes=(0, 0, 0, None))
     o = jax.vmap(lambda q, k, v, s: of_heads(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, segments)

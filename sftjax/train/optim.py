@@ -35,8 +35,8 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def rank(path: str) -> int:
-    """Axes of a matrix at `path`: two, and the layers'."""
-    return 3 if path.startswith(LAYERS) else 2
+    """Axes of a matrix at `path`: two, the layers' and the experts'."""
+    return 2 + path.startswith(LAYERS) + ("/experts/" in path)
 
 
 def decays(trainable: Any) -> Any:

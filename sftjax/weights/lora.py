@@ -215,12 +215,12 @@ def principal(w: Array, rank: int, key: Array, passes: int = 16) -> tuple[Array,
 
 @partial(jax.jit, static_argnames=("fn", "rank"))
 def _by_layer(fn: Callable[..., Any], w: Any, *rest: Any, **rank: int) -> Any:
-    """fn(w, *rest, **rank) of each layer's own matrix in turn, so that what it forms is never larger than one.
+    """fn(w, *rest, **rank) of each matrix of layers and experts in turn, so that what it forms is never larger than one.
 
     One program serves all kernels of a shape: `fn` is a function of a module, never one made for the call.
     """
 
-    def layer(w: Any) -> Any:
-        return fn(w, *rest, **rank)
+    def each(w: Any) -> Any:
+        return jax.lax.map(each, w) if len(w.shape) > 2 else fn(w, *rest, **rank)
 
-    return jax.lax.map(layer, w) if len(w.shape) > 2 else layer(w)
+    return each(w)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sftjax.losses import policy
+from sftjax.models.decoder import Output
 
 RNG = np.random.default_rng(0)
 
@@ -107,3 +108,27 @@ def test_the_penalty_grows_where_the_policy_strays():
     options = {"target": 6.0, "horizon": 100.0, "n": 10}
     assert policy.adapt(0.2, 6.0, **options) == 0.2
     np.testing.assert_allclose([policy.adapt(0.2, kl, **options) for kl in (60.0, 0.0)], [0.2 * 1.02, 0.2 * 0.98])
+
+
+def test_what_is_no_action_changes_nothing():
+    from tiny import batch
+
+    b = batch([[9]], 9, vocab=16)
+    mask = (np.arange(9) > 4).astype(np.float32)[None]
+    head = jnp.asarray(RNG.standard_normal((6, 16)), jnp.float32)
+    hidden = jnp.asarray(RNG.standard_normal((1, 9, 6)), jnp.float32).at[:, :4].multiply(200.0)  # of prompts it says impossible
+    old, advantages, reference = RNG.standard_normal((3, 1, 9)).astype(np.float32)
+
+    def value(fill):
+        def put(x):
+            return jnp.asarray(np.where(mask == 1, x, fill), jnp.float32)
+
+        fields = {"counts": put(1.0), "logps": put(old), "advantages": put(advantages), "reference": put(reference)}
+        rollouts = policy.Rollouts(b.tokens, jnp.asarray(mask), b.segments, b.positions, **fields)
+        loss = policy.grpo(lambda h, *_: Output(h, head), beta=0.1)
+        return jax.value_and_grad(lambda h: loss(h, rollouts)[0])(hidden)
+
+    (plain, slope), (strange, slope_too) = value(0.0), value(-500.0)
+    assert np.isfinite(plain) and np.isfinite(slope).all()
+    np.testing.assert_allclose(strange, plain, rtol=1e-6)
+    np.testing.assert_allclose(slope_too, slope, rtol=1e-6)

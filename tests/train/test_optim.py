@@ -9,7 +9,7 @@ import pytest
 from sftjax import tree
 from sftjax.check import CHOICES
 from sftjax.config import default
-from sftjax.train.optim import optimizer, schedule
+from sftjax.train.optim import decays, optimizer, schedule
 from sftjax.weights import kinds, select
 from sftjax.weights.adapter import adapter
 from sftjax.weights.lora import lora, rates
@@ -197,6 +197,15 @@ def test_muon_is_for_kernels_of_layers_and_adam_for_the_rest(stack):
     updates = tree.flatten(transform.update(grads, transform.init(params), params)[0])
     signs = {path for path, x in updates.items() if np.allclose(np.abs(x), LR, rtol=1e-3)}  # Adam's first step
     assert signs == {path for path in updates if not path.endswith("kernel")}
+
+
+def test_experts_kernels_are_matrices_and_their_vectors_are_not():
+    kernels = {name: {"kernel": jnp.zeros((2, 3, 8, 6))} for name in ("gate", "up")}
+    params = lora({"layers": {"mlp": {"experts": kernels}}}, KEY, rank=2, dora=True, targets="up_proj")
+    decay = tree.flatten(decays(params))
+    assert decay["layers/mlp/experts/gate/kernel"] is True
+    up = decay["layers/mlp/experts/up/kernel"]
+    assert up.base.a is up.base.b is True and up.magnitude is False
 
 
 def test_muon_is_for_the_matrices_of_a_kind():

@@ -124,6 +124,18 @@ def test_two_pairs_over_a_base_are_one_of_twice_the_rank(init):
     assert over_base(one) is one
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_every_expert_starts_as_its_own_kernel_would(init):
+    rng = np.random.default_rng(0)
+    stack = jnp.asarray(rng.standard_normal((2, 3, 24, 16)), jnp.float32)  # [L, E, in, out]
+    whole = lora({"layers": {"mlp": {"experts": {"up": {"kernel": stack}}}}}, KEY, rank=4, init=init)
+    pair = whole["layers"]["mlp"]["experts"]["up"]["kernel"]
+    update = np.asarray(pair.scale * pair.a @ pair.b)
+    for index in np.ndindex(2, 3):
+        one = lora({"head": {"kernel": stack[index]}}, KEY, rank=4, init=init, targets="lm_head")["head"]["kernel"]
+        np.testing.assert_allclose(update[index], one.scale * one.a @ one.b, atol=1e-3)
+
+
 def test_combined_adapters_are_the_weighted_sum_of_their_updates():
     p = params(CONFIG)
     parts = [(adapted(p, targets="q_proj,up_proj"), 0.3), (adapted(p, targets="q_proj,down_proj", init="pissa"), -1.5)]
