@@ -7,6 +7,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from sftjax.config import UserError
+from sftjax.generate.engine import max_length
 from sftjax.models.config import DecoderConfig, Experts, Rope
 from sftjax.models.families import FAMILIES, config_from_hf
 from sftjax.models.families.common import ACTIVATIONS
@@ -104,6 +105,9 @@ def meant(family, theirs):
     by_kind = {
         kind: Rope(p["rope_theta"], p["rope_type"], p.get("factor", 1.0)) for kind, p in given.items() if isinstance(p, dict)
     }
+    if family == "gemma3_text" and by_kind["full_attention"].kind == "linear":  # its positions are the extended ones
+        full = by_kind["full_attention"]
+        by_kind["full_attention"] = replace(full, original_max_positions=int(theirs.max_position_embeddings // full.factor))
     plain = None if by_kind else Rope(given["rope_theta"], given["rope_type"], given.get("factor", 1.0))
     turned = [by_kind.get(kind, plain) for kind in kinds]
     scale, width = get("query_pre_attn_scalar"), theirs.hidden_size
@@ -183,6 +187,10 @@ def test_the_spelling_of_transformers_4_is_read_as_transformers_5_reads_it(famil
         {key: value.copy() if isinstance(value, dict) else value for key, value in given.items()}
     )
     assert spelled_out(config_from_hf(given)) == meant(family, theirs)
+
+
+def test_the_positions_of_gemma_3_are_those_that_its_factor_has_reached():
+    assert max_length(config_from_hf(raw("gemma3_text", max_position_embeddings=131_072, rope_scaling=LINEAR))) == 131_072
 
 
 ROPES = [
@@ -294,6 +302,10 @@ REFUSED = [
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0.*gemma3_text"),
     ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type is not supported"),
     ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+    (
+        {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 0}},
+        "rope_scaling.factor=0 is not a positive number",
+    ),
     (
         {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "mrope"}}},
         "rope_parameters.sliding_attention.rope_type='mrope'",

@@ -25,6 +25,8 @@ def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     every = size(raw, "sliding_window_pattern", 6)
     kinds = layer_types(raw, [SLIDING if layer % every else FULL for layer in range(1, config.layers + 1)])
     turns = ropes(raw, config.max_positions, config.head_dim, THETAS)
+    if turns[FULL].kind == "linear":  # max_position_embeddings, unlike others', is what the factor has reached
+        turns[FULL] = replace(turns[FULL], original_max_positions=int(config.max_positions // turns[FULL].factor))
     return replace(
         config,
         qk_norm="head",

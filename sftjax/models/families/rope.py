@@ -69,6 +69,8 @@ def parameters(
         raise UserError(f"{where}.rope_type={kind!r} is not supported; supported are {', '.join(KEYS)}")
     if unknown := sorted(set(given) - KEYS[kind]):
         raise UserError(f"{where}.{unknown[0]}={given[unknown[0]]!r} is not supported with rope_type {kind!r}")
+    if given.get("factor") == 0:
+        raise UserError(f"{where}.factor={given['factor']!r} is not a positive number")
     part = number(given, where, "partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0)
     turned = int(head_dim * part)
     if part > 1 or turned < 2 or turned % 2:
