@@ -11,6 +11,7 @@ import numpy as np
 
 from sftjax.config import UserError
 from sftjax.hf.load import read_json
+from sftjax.hf.modules import SCORE
 from sftjax.hf.tensors import Stored, read
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +44,7 @@ READ |= {"use_dora", "modules_to_save", "trainable_token_indices", "width", "non
 IGNORED = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping", "revision"}
 IGNORED |= {"base_model_name_or_path", "inference_mode", "peft_version", "megatron_core", "qalora_group_size"}
 IGNORED |= {"ensure_weight_tying", "targets"}
+CLASSIFIERS = {"classifier", "score"}  # PEFT always names both beside task_type SEQ_CLS; a model has one
 # Those that leave the base as it was; pissa, olora, loftq, corda and the like change it when the adapter is made.
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -127,9 +129,16 @@ def read_modules(directory: Path, config: dict[str, Any]) -> dict[str, Module]:
         if ("lora_magnitude_vector" in module.parts) != bool(config.get("use_dora") and "lora_A" in module.parts):
             raise UserError(f"{file}: use_dora={config.get('use_dora')} does not go with the parts of {module.name}")
     filed = [module for module in modules.values() if {"weight", "bias"} & set(module.parts)]
-    for name in config.get("modules_to_save") or ():
-        if not any(module.name.endswith(name) for module in filed):
-            raise UserError(f"{file}: holds no {name}, which modules_to_save names")
+    named = config.get("modules_to_save") or ()
+    there = {name for name in named if any(module.name.endswith(name) for module in filed)}
+    spared = CLASSIFIERS if config.get("task_type") == "SEQ_CLS" and CLASSIFIERS & there else set()
+    if missing := [name for name in named if name not in there | spared]:
+        raise UserError(f"{file}: holds no {missing[0]}, which modules_to_save names")
+    if SCORE in modules and (parts := sorted(set(modules[SCORE].parts) - {"weight"})):
+        raise UserError(
+            f"{file}: {SCORE} has {' and '.join(parts)}, and a score head is read only as a whole; "
+            "merge the adapter into the model with PEFT and load that"
+        )
     if config.get("trainable_token_indices") and not any("rows" in module.parts for module in modules.values()):
         raise UserError(f"{file}: holds no rows of the tokens that trainable_token_indices names")
     return modules
