@@ -52,7 +52,7 @@ def added(params: Any, config: DecoderConfig, vocab: int, saved: Collection[str]
         name = module_of(node)
         if isinstance(w, Adapter):
             out.adapters[path], w = w, w.base
-        if config.experts and "/mlp/" in path and (node in nodes or isinstance(w, LowRank | Dora)):
+        if _mixed(path, config) and (node in nodes or isinstance(w, LowRank | Dora)):
             raise UserError(
                 f"{name} is of a mixture of experts, for which PEFT's form depends on transformers' version; use --to=hf, "
                 "or train attention alone: --config.lora.targets=q_proj,k_proj,v_proj,o_proj"
@@ -107,10 +107,16 @@ def unserved(params: Any, config: DecoderConfig, source: Path, saved: Collection
         "DoRA": any(isinstance(w, Dora) for around in kinds.values() for w in around),
         "modules_to_save": saved,
         "trained tokens": grown or any(isinstance(w, Tokens) for around in kinds.values() for w in around),
+        "LoRA on a mixture's experts": any(rank and _mixed(path, config) for path, rank in ranks.items()),
         f"LoRA on {' and '.join(ends)} of a {architecture}": ends,
         f"rank {most} (at most {MAX_RANK})": most > MAX_RANK,
     }
     return [what for what, holds in found.items() if holds]
+
+
+def _mixed(path: str, config: DecoderConfig) -> bool:
+    """Is it within a mixture of experts, gates and shared expert included?"""
+    return bool(config.experts) and "/mlp/" in path
 
 
 def _kinds(w: Any) -> Iterator[Kind]:

@@ -8,7 +8,7 @@ import pytest
 from sftjax import tree
 from sftjax.config import UserError
 from sftjax.hf.load import load_config, load_params
-from sftjax.hf.peft import load_adapter, save_adapter
+from sftjax.hf.peft import load_adapter, save_adapter, unserved
 from sftjax.hf.verify import score
 from sftjax.weights import quantize
 from sftjax.weights.adapter import adapter
@@ -88,6 +88,13 @@ def test_lora_within_a_mixture_is_refused_with_a_way_out(targets, mixture, tmp_p
     params = lora(params, jax.random.key(0), rank=2, targets=targets)
     with pytest.raises(UserError, match=r"mlp\..* is of a mixture of experts.*--to=hf.*--config.lora.targets=q_proj"):
         save_adapter(params, config, form="peft", source=source, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "shared_expert.down_proj", "mlp.gate", ATTENTION])
+def test_vllm_is_served_none_of_a_mixtures_adapters_but_of_attention(targets, mixture):
+    source, params, config = mixture
+    params = lora(params, jax.random.key(0), rank=2, targets=targets)
+    assert unserved(params, config, source, ()) == ([] if targets == ATTENTION else ["LoRA on a mixture's experts"])
 
 
 def test_experts_of_an_adapter_of_peft_are_refused(mixture, tmp_path, edit_json):
