@@ -5,7 +5,8 @@
 
 B, R, C, P and S are powers of two and the cache doubles when it is full, so that few programs serve all requests. What a
 slot held before needs no clearing: a cache holds position s at s, and a token sees no position beyond its own. A row's
-random numbers come from (seed, row, position), whatever stands beside it.
+random numbers come from (seed, row, position), whatever stands beside it. Where longrope turns the keys of a row that grows
+beyond the trained length otherwise than before, the row joins its slot again there, with what it has made for its prompt.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ class State(NamedTuple):
     seen: Array | None  # [B, V]: tokens of prompt and answer, where repetition is penalised
 
 
+class Leg(NamedTuple):
+    """What a row that its slot will take again needs for that."""
+
+    row: int
+    ids: list[int]  # prompt and answer so far
+    end: int  # position that no token of the row gets
+
+
 class Flight:
     """`slots` rows on their way at most, each to `max_new` tokens or the model's `limit` of positions."""
 
@@ -67,32 +76,39 @@ class Flight:
         self.end_position = np.zeros(self.B, int)  # no token of its row gets so far
         self.state: State | None = None
         self.fresh: list[tuple[list[int], Array]] = []  # slots, and the first tokens that prefill made for them
+        ropes = {model.config.rope, *model.config.ropes}
+        self.turns = sorted({r.original_max_positions + 1 for r in ropes if r and r.kind == "longrope"})
+        self.legs: dict[int, Leg] = {}  # by slot, of rows that a turn is still before
+        self.over: list[int] = []  # slots of those that have come to it
 
     def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
         """The slots that these rows, no more than are free, take from now on."""
         slots = [self.free.pop() for _ in rows]
-        for i in range(0, len(slots), self.R):
-            self._join(slots[i : i + self.R], rows[i : i + self.R], prompts[i : i + self.R])
+        self._join(slots, [Leg(row, [*ids], min(len(ids) + self.max_new, self.limit)) for row, ids in zip(rows, prompts)])
         return slots
 
-    def _join(self, slots: list[int], rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+    def _join(self, slots: list[int], legs: Sequence[Leg]) -> None:
+        for i in range(0, len(slots), self.R):
+            self._join_group(slots[i : i + self.R], legs[i : i + self.R])
+
+    def _join_group(self, slots: list[int], legs: Sequence[Leg]) -> None:
         n, R, config = len(slots), self.R, self.model.config
         lengths = np.ones(R, np.int32)
-        lengths[:n] = [len(p) for p in prompts]
+        lengths[:n] = [len(leg.ids) for leg in legs]
+        ends = [next((t for t in self.turns if len(leg.ids) < t < leg.end), leg.end) for leg in legs]
+        self.legs |= {slot: leg for slot, leg, end in zip(slots, legs, ends) if end < leg.end}
         left, ids, into = np.zeros((3, R), np.int32)  # rows that only fill the group have ended before they start
-        left[:n] = np.minimum(self.max_new, self.limit - lengths[:n])
-        ids[:n], into[:n], into[n:] = rows, slots, self.B  # and go nowhere
-        self.position[slots], self.end_position[slots] = lengths[:n], (lengths + left)[:n]
+        left[:n] = ends - lengths[:n]
+        ids[:n], into[:n], into[n:] = [leg.row for leg in legs], slots, self.B  # and go nowhere
+        self.position[slots], self.end_position[slots] = lengths[:n], ends
 
-        P = C = power(int(lengths.max()), least=32)
-        if config.rope.kind not in ("dynamic", "longrope"):  # their angles depend on the whole prompt's length
-            C = min(P, max(32, 1 << (PREFILL // R).bit_length() - 1))
+        P = power(int(lengths.max()), least=32)
+        C = min(P, max(32, 1 << (PREFILL // R).bit_length() - 1))
         tokens = np.zeros((R, P), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
+        for row, leg in enumerate(legs):
+            tokens[row, : len(leg.ids)] = leg.ids
         penalised = self.sampling.repetition_penalty is not None
-        ends = int(self.end_position[slots].max())
-        self._reserve(power(min(int(lengths.max()) + AHEAD, ends), least=max(64, P)), penalised)
+        self._reserve(power(min(int(lengths.max()) + AHEAD, max(ends)), least=max(64, P)), penalised)
 
         cache, last = _empty(self.model, R, P)
         for start in range(0, int(lengths.max()), C):
@@ -120,6 +136,8 @@ class Flight:
 
         A row that has just joined brings the token that prefill made besides. `waiting`: come back as soon as R slots are free.
         """
+        over, self.over = self.over, []
+        self._join(over, [self.legs.pop(slot) for slot in over])
         new: dict[int, list[int]] = {}
         fresh, self.fresh = self.fresh, []
         busy = np.flatnonzero(self.end_position)
@@ -140,7 +158,11 @@ class Flight:
             tokens = [] if made is None else made[slot][made[slot] >= 0].tolist()
             self.position[slot] += len(tokens)
             new.setdefault(slot, []).extend(tokens)
-        self._leave([slot for slot in new if not left[slot]])
+        for slot in new.keys() & self.legs.keys():
+            self.legs[slot].ids.extend(new[slot])
+        ended = [slot for slot in new if not left[slot]]
+        self.over = [slot for slot in ended if slot in self.legs and self.legs[slot].ids[-1] not in self.stops]
+        self._leave([slot for slot in ended if slot not in self.over])
         return new
 
     def end(self, slots: Sequence[int]) -> None:
@@ -155,10 +177,15 @@ class Flight:
     def _leave(self, slots: Sequence[int]) -> None:
         self.free += slots
         self.position[slots] = self.end_position[slots] = 0
+        self.legs = {slot: leg for slot, leg in self.legs.items() if slot not in slots}
+        self.over = [slot for slot in self.over if slot not in slots]
 
 
-def _forward(model: Decoder, params: Any, tokens: Array, segments: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-    hidden, cache, _ = model.apply({"params": params}, tokens, segments, positions, cache)  # type: ignore[assignment, misc]
+def _forward(
+    model: Decoder, params: Any, tokens: Array, segments: Array, positions: Array, cache: Cache, lengths: Array
+) -> tuple[Array, Cache]:
+    arrays = tokens, segments, positions, cache
+    hidden, cache, _ = model.apply({"params": params}, *arrays, lengths=lengths)  # type: ignore[assignment, misc]
     return hidden, cache
 
 
@@ -183,7 +210,7 @@ def _prefill(
     R, C = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(C), (R, C))
     real = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = _forward(model, params, tokens, real, positions, cache)
+    hidden, cache = _forward(model, params, tokens, real, positions, cache, lengths)
     at = lengths - 1 - start
     mine = jnp.take_along_axis(hidden, jnp.clip(at, 0, C - 1)[:, None, None], 1)[:, 0]
     return cache, jnp.where(((at >= 0) & (at < C))[:, None], mine, last)
@@ -250,7 +277,7 @@ def _decode(
         i, state, out = carry
         token = jnp.maximum(state.token, 0)[:, None]
         whole = params | {name: jax.tree.map(lambda *xs: jnp.stack(xs), *layers) for name, layers in stacks.items()}
-        hidden, cache = _forward(model, whole, token, ones, state.position[:, None], state.cache)
+        hidden, cache = _forward(model, whole, token, ones, state.position[:, None], state.cache, state.position + 1)
         state = _take(model, params, state._replace(cache=cache), hidden[:, 0], sampling, stops)
         return i + 1, state, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, i))
 

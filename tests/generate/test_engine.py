@@ -74,6 +74,47 @@ def test_dynamic_rope_within_its_trained_length():
     assert max_length(c) == 256
 
 
+LONGROPE = Rope(
+    kind="longrope",
+    factor=8.0,
+    original_max_positions=16,
+    attention_factor=1.2,
+    short_factor=(1.0, 1.1, 1.2, 1.3),
+    long_factor=(2.0, 4.0, 6.0, 8.0),
+)
+
+
+def one_by_one(model, params, prompt, n):
+    """The n tokens that greedy whole forwards over all there is give, one after the other."""
+    step = jax.jit(lambda batch: matmul(*forward(model)(params, batch)[:2]))
+    ids = [*prompt]
+    for _ in range(n):
+        row, real = np.zeros((2, 1, 128), np.int32)
+        row[0, : len(ids)], real[0, : len(ids)] = ids, 1
+        ids.append(int(step(Batch(row, None, real, np.arange(128)[None]))[0, len(ids) - 1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_an_answer_that_crosses_longropes_trained_length(monkeypatch):
+    """Keys of the short factors do not stay: across the length too, decoding is what whole forwards say."""
+    monkeypatch.setattr(module, "PREFILL", 32)  # the longest prompt takes two blocks, which are turned as one
+    c = tiny.config(max_positions=128, rope=LONGROPE)
+    model, params = Decoder(c), tiny.params(c)
+    prompts = [*PROMPTS, RNG.integers(0, c.vocab, 16).tolist(), RNG.integers(0, c.vocab, 15).tolist()]
+    expected = [one_by_one(model, params, p, 24) for p in prompts]
+    engine = Engine(model, params)
+    assert [a.ids for a in engine.generate(prompts, max_new_tokens=24, batch_size=3)] == expected
+    assert [list(engine.stream(p, max_new_tokens=24)) for p in prompts] == expected
+    for n in (1, 2):  # the last token of the trained length, and the first beyond it
+        assert [a.ids for a in engine.generate(prompts, max_new_tokens=n)] == [ids[:n] for ids in expected]
+    stop = expected[0][13]  # the token at position 16, which a row joins again after
+    ended = [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+    assert [a.ids for a in Engine(model, params, stop_ids=[stop]).generate(prompts, max_new_tokens=24)] == ended
+    text = Letters().decode([stop])
+    cut = engine.generate(prompts, max_new_tokens=24, batch_size=3, tokenizer=Letters(), stop_strings=[text])
+    assert [a.ids for a in cut] == ended
+
+
 def test_lora_merged_or_applied_and_a_stack_cut_in_two():
     params = lora(PARAMS, jax.random.key(0), rank=4)
     params = jax.tree.map(lambda x: x + 0.05, params)  # b starts at zero
