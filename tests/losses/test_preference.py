@@ -432,7 +432,7 @@ def test_the_cut_changes_nothing(options):
 
 def test_sums_equal_the_definition():
     logps, refs = (logps_of(out_of(p, ONE_A_ROW), ONE_A_ROW) for p in (POLICY, BASE))
-    hidden, head = out_of(POLICY, ONE_A_ROW)
+    hidden, head, _ = out_of(POLICY, ONE_A_ROW)
     whole = np.asarray(jax.nn.log_softmax(hidden @ head))
     want = np.zeros((3, 2))
     for (b, t), s in np.ndenumerate(np.asarray(ONE_A_ROW.segments)):
