@@ -8,7 +8,8 @@ Hardware: a frozen kernel takes 4.13 bits a parameter and is quantised while it 
 two rows of 2048 tokens the TPU's compiler lays out 7.52 GiB in all, of which 5.55 are parameters and moments, embedding and
 head in bfloat16 among them; 6.57 GiB with `--config.model.remat=offload` (bench/results/memory.md):
 
-    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 [--remat=offload] --chip=v5p:1x1x1
+    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 --chip=v5e:1x1
+    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 --remat=offload --chip=v5p:1x1x1
 
 That is a layout and no run: no accelerator has been timed yet, and the loss to expect depends on the data; the report of the
 run shows it before and after. Merging needs the model in 16 bits: `JAX_PLATFORMS=cpu sftjax export ...` does it in the host's
