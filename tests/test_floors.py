@@ -28,6 +28,7 @@ FLOORS = {
     "tasks": 5,
     "plan": 5,
     "serve": 5,
+    "options.py": 6,
     "cli.py": 6,
 }
 
