@@ -122,12 +122,12 @@ def clipped_value(values: Array, old: Array, returns: Array, *, clip: float = 0.
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(held - returns))
 
 
-def adapt(coefficient: float, kl: float, *, target: float, horizon: float, n: int) -> float:
+def adapt(coefficient: Array | float, kl: Array | float, *, target: float, horizon: float, n: int) -> Array:
     """The KL penalty's next coefficient: up where the policy is farther from the reference than `target`, else down.
 
     arXiv:1909.08593, section 2.2; `n` answers were made since the last.
     """
-    error = min(max(kl / target - 1, -0.2), 0.2)
+    error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return coefficient * (1 + error * n / horizon)
 
 
