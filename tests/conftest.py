@@ -1,5 +1,6 @@
 """Every test runs on 8 virtual CPU devices, without a network, with compiled programs kept from one run to the next."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode does not let tests import what they share
 pytest_plugins = ["toy"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgets():
+    """Compiled programs are let go of before a process has so many that Linux maps it no more memory (vm.max_map_count)."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 16_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
