@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
 from sftjax import sharding, tree
@@ -35,6 +36,7 @@ from sftjax.train.meter import Tally
 from sftjax.train.progress import Progress, mfu, model_flops_per_token, say
 from sftjax.train.report import write_report
 from sftjax.train.run import Run
+from sftjax.train.step import Step, make_step
 from sftjax.weights import kinds, select
 
 Answerer = Callable[[Any], list[dict[str, Any]]]  # params -> what metrics.jsonl tells of each prompt
@@ -73,9 +75,24 @@ class Job:
         return forward(self.decoder)
 
     def fit(self, loss: Loss, eval_loss: Loss, answer: Answerer | None = None) -> tuple[Any, Tally]:
+        """Trains by this loss, and is measured by that one on held-out rows. Returns (params, tally), as `iterate` does."""
+        c, means = self.config, loop.evaluator(eval_loss, self.frozen, self.mesh)
+
+        def learn(optimizer: optax.GradientTransformation) -> Step:
+            micro_batches = c.train.batch_size // (c.train.micro_batch or c.train.batch_size)
+            return make_step(loss, optimizer, seed=c.seed, micro_batches=micro_batches, clip=c.optim.clip)
+
+        def evaluate(trainable: Any, part: str) -> dict[str, float]:
+            return means(trainable, self.held_out(getattr(self.splits, part)))
+
+        return self.iterate(learn, evaluate, answer, flops_per_token=self.flops_per_token())
+
+    def iterate(
+        self, learn: loop.Learn, evaluate: loop.Evaluate, answer: Answerer | None = None, **options: Any
+    ) -> tuple[Any, Tally]:
         """Trains, from the newest checkpoint where there is one; `trainable` is used up. Returns (params, tally).
 
-        `answer` answers a few prompts, every train.generate_every steps.
+        `answer` answers a few prompts, every train.generate_every steps; `options` are loop.fit's.
         """
         with jax.set_mesh(self.mesh), Progress(self.stream.steps_total, log_every=self.config.train.log_every) as progress:
 
@@ -90,15 +107,14 @@ class Job:
                 self.with_scaled_rate(),
                 self.trainable,
                 self.frozen,
-                loss=loss,
-                eval_loss=eval_loss,
+                learn=learn,
+                evaluate=evaluate,
                 stream=self.stream,
-                eval_batches=lambda: self.held_out(self.splits.eval),
-                test_batches=lambda: self.held_out(self.splits.test),
                 mesh=self.mesh,
                 progress=progress,
-                flops_per_token=self.flops_per_token(),
                 watch=watch,
+                dtype=self.decoder.dtype,
+                **options,
             )
         self.skipped = int(state.skipped)
         self.steps = int(state.step)

@@ -3,6 +3,9 @@
 A run is its step number and a `State`: the batch, the keys and the learning rate of a step are functions of the number. So
 a run that was killed anywhere and is started again computes, bit for bit, what it would have computed. The loop waits for
 the device only where metrics are read, one step late.
+
+Where a policy learns from what it does, the stream gives prompts and `collect` makes the batch of them: the policy as it is
+now answers, and the answers are rewarded. That is a function of the step number and the state too.
 """
 
 from __future__ import annotations
@@ -11,25 +14,42 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sftjax import sharding, tree
+from sftjax import hosts, sharding, tree
 from sftjax.data.batch import Batch
-from sftjax.data.stream import Stream, prefetch
+from sftjax.data.stream import prefetch
 from sftjax.losses.tokens import Loss
 from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.meter import WARM, Meter, Tally
 from sftjax.train.progress import Progress
 from sftjax.train.run import Run
-from sftjax.train.step import State, init_state, make_step
+from sftjax.train.step import State, Step, init_state
 from sftjax.train.stop import Stopped, stop_signals
 from sftjax.weights.lora import rates
+
+Figures = dict[str, float]
+Learn = Callable[[optax.GradientTransformation], Step]
+Evaluate = Callable[[Any, str], Figures]
+Collect = Callable[[int, State, Any], tuple[Any, Figures]]
+
+
+class Source(Protocol):
+    """What a run learns from, by the number of the step: data.stream.Stream, data.prompts.Prompts."""
+
+    steps_total: int
+
+    def epoch(self, step: int) -> float: ...
+
+    def batch(self, step: int) -> Any: ...
 
 
 def fit(
@@ -38,32 +58,40 @@ def fit(
     trainable: Any,
     frozen: Any,
     *,
-    loss: Loss,
-    eval_loss: Loss,
-    stream: Stream,
-    eval_batches: Callable[[], Iterable[Batch]],
-    test_batches: Callable[[], Iterable[Batch]],
+    learn: Learn,
+    evaluate: Evaluate,
+    stream: Source,
     mesh: Mesh,
     progress: Progress,
+    collect: Collect | None = None,
+    updates: int = 1,
+    kept: Any = (),
     flops_per_token: float = 0.0,
     watch: Callable[[int, Any], None] | None = None,
+    dtype: Any = None,
 ) -> tuple[State, Tally, float]:
     """Trains from the newest checkpoint, or from the start, to the stream's last step.
 
-    `trainable` is given away: its memory becomes the state's. `watch` is shown what trains, with the step, every
-    train.generate_every steps. Returns the state, the tally and the steady tokens a second.
-    Raises Stopped where a signal asked for it, and UserError.
+    trainable  is given away: its memory becomes the state's
+    learn      optimiser -> the step, compiled here; `updates` times in a step it changes what trains, all at the step's rate
+    evaluate   (trainable, "eval" or "test") -> figures of held-out rows, the best checkpoint being that of the highest
+               "reward" where there is one, else of the lowest "loss"; {} where nothing is held out
+    collect    (steps taken, state, what the stream gives) -> (the step's batch, numbers for metrics.jsonl); None: the stream
+               gives batches. It must not keep the state's arrays, which the step uses up
+    kept       the state's `kept` to start with
+    watch      is shown what trains, with the step, every train.generate_every steps
+    dtype      is what the loss computes in
+
+    Returns the state, the tally and the steady tokens a second. Raises Stopped where a signal asked for it, and UserError.
     """
     c, total = config.train, stream.steps_total
     rate = optim.schedule(config.optim, total)
-    optimizer = optim.optimizer(config.optim, rate, rates(trainable, config.lora.lr_ratio))
-    micro_batches = c.batch_size // (c.micro_batch or c.batch_size)
-    step_fn = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
-    evaluate = evaluator(eval_loss, frozen, mesh)
+    optimizer = optim.optimizer(config.optim, lambda n: rate(n // updates), rates(trainable, config.lora.lr_ratio))
+    step_fn = learn(optimizer)
     eval_every = math.ceil(total / 5) if c.eval_every is None else c.eval_every
     save_every = eval_every if c.save_every is None else c.save_every
 
-    state, tally, start, compiled = place(init_state(trainable, optimizer), trainable, mesh), Tally(), 0, None
+    state, tally, start, compiled = place(init_state(trainable, optimizer, dtype, kept), trainable, mesh), Tally(), 0, None
     with Checkpoints(run.checkpoints, keep=c.keep, say=progress.say) as checkpoints, stop_signals() as asked:
         restored = checkpoints.restore(freed(state)) if checkpoints.steps() else None
         if restored:
@@ -73,22 +101,26 @@ def fit(
             progress.say(f"resuming after step {start} of {total}")
         run.resume_from(start if restored else -1)
         if tally.before is None:
-            tally.before = tally.evaluation = evaluate(state.trainable, eval_batches())
+            tally.before = tally.evaluation = evaluate(state.trainable, "eval")
             report(run, progress, 0, tally.before)
         meter = Meter(
             run,
             progress,
             tally,
-            rate=rate,
+            rate=lambda step, skipped: rate((step * updates - 1 - skipped) // updates),
             epoch=stream.epoch,
             flops_per_token=flops_per_token,
             devices=mesh.size,
             max_bad_steps=c.max_bad_steps,
         )
+        vote = hosts.votes(mesh)
         for step, batch in prefetch(stream, start, total):
             if tally.stale_for(c.patience):
                 progress.say(f"step {step}: no better for {tally.stale} evaluations, stopping early")
                 break
+            collected: Figures = {}
+            if collect:
+                batch, collected = collect(step, state, batch)
             batch = to_devices(batch, mesh)
             if compiled is None:
                 began = time.perf_counter()
@@ -97,22 +129,27 @@ def fit(
                 compiled = jitted.lower(state, frozen, batch).compile()
                 tally.compile_s = time.perf_counter() - began
                 meter.start()
+            began = time.perf_counter()
             state, metrics = compiled(state, frozen, batch)  # compiled once: a batch of another shape would be an error
             step += 1
-            meter.add(step, metrics)
+            if collect:  # the next batch waits for this step's policy in any case
+                jax.block_until_ready(state)
+                collected["seconds/learn"] = time.perf_counter() - began
+            meter.add(step, metrics | {name: np.float64(x) for name, x in collected.items()})
             if step - start <= WARM:
                 meter.read(step)
             elif step % c.log_every == 0:
                 meter.read(step - 1)
             evaluates = step == total or due(step, eval_every)
-            saves = step == total or due(step, save_every) or bool(asked)
+            stops = vote(asked.signum)
+            saves = step == total or due(step, save_every) or bool(stops)
             watches = due(step, c.generate_every)
             if watches and watch:
                 meter.read(step)
                 watch(step, state.trainable)
             if evaluates:
                 meter.read(step)
-                saves |= tally.evaluated(step, evaluate(state.trainable, eval_batches()))
+                saves |= tally.evaluated(step, evaluate(state.trainable, "eval"))
                 report(run, progress, step, tally.evaluation)
             saves |= tally.stale_for(c.patience)
             if saves:
@@ -120,11 +157,11 @@ def fit(
                 checkpoints.save(step, state, dataclasses.asdict(tally), best=int(tally.best["step"]) if tally.best else None)
             if evaluates or saves or watches:
                 meter.start()
-            if asked and step < total:
+            if stops and step < total:
                 checkpoints.wait()
-                raise Stopped(f"stopped at step {step} of {total} and saved; run the same command again to go on", asked.signum)
+                raise Stopped(f"stopped at step {step} of {total} and saved; run the same command again to go on", stops)
         checkpoints.wait()
-    tally.test = evaluate(state.trainable, test_batches())
+    tally.test = evaluate(state.trainable, "test")
     if tally.test:
         progress.say(f"test {told(tally.test)}, which decided nothing")
     return state, tally, meter.steady
@@ -143,7 +180,7 @@ def evaluator(loss: Loss, frozen: Any, mesh: Mesh) -> Callable[[Any, Iterable[Ba
     sums = jax.jit(lambda trainable, frozen, batch: loss(tree.join(trainable, frozen), batch, None))
 
     def evaluate(trainable: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        got = jax.device_get([sums(trainable, frozen, to_devices(batch, mesh)) for batch in batches])
+        got = hosts.fetch([sums(trainable, frozen, to_devices(batch, mesh)) for batch in batches])
         count = sum(float(n) for _, n, _ in got)
         if not count:
             return {}
@@ -163,8 +200,14 @@ def report(run: Run, progress: Progress, step: int, evaluation: dict[str, float]
 
 def told(evaluation: dict[str, float]) -> str:
     """loss 1.2345, perplexity 3.44, 40,321 tokens; loss 0.6931, margin 0.000, accuracy 50.0 %, 400 pairs (of KTO: answers);
-    or of a classifier's head loss 0.3010, accuracy 90.0 %, 200 rows"""
+    or of a classifier's head loss 0.3010, accuracy 90.0 %, 200 rows;
+    or of a policy reward 0.812, length_reward 0.500, 12.3 tokens an answer, 98.0 % stopped, 100 answers"""
     e = evaluation
+    if "reward" in e:
+        functions = [f"{name.removeprefix('rewards/')} {x:.3f}" for name, x in e.items() if name.startswith("rewards/")]
+        each = functions if len(functions) > 1 else []
+        words = [f"reward {e['reward']:.3f}", *each, f"{e['length']:.1f} tokens an answer", f"{100 * e['stopped']:.1f} % stopped"]
+        return ", ".join([*words, f"{e['count']:,.0f} answers"])
     loss, count = f"loss {e['loss']:.4f}", f"{e['count']:,.0f}"
     if "ppl" in e:
         return f"{loss}, perplexity {e['ppl']:.2f}, {count} tokens"
@@ -178,8 +221,7 @@ def told(evaluation: dict[str, float]) -> str:
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """This host's rows, as its part of the global batch."""
-    placed = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(placed, x), batch)
+    return jax.tree.map(lambda x: hosts.place_rows(x, mesh), batch)
 
 
 def freed(state: State) -> State:

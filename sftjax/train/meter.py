@@ -30,7 +30,7 @@ class Tally:
 
     before: dict[str, float] | None = None  # evaluation of the untrained model
     evaluation: dict[str, float] | None = None  # the last one
-    best: dict[str, float] | None = None  # {"step", "loss"} of the best one
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best one; of a policy {"step", "reward"}
     test: dict[str, float] | None = None  # the trained model's, on rows that decided nothing
     stale: int = 0  # evaluations since the best
     tokens: int = 0
@@ -43,10 +43,11 @@ class Tally:
         self.evaluation = evaluation
         if not evaluation:
             return False
-        best = math.inf if self.best is None else self.best["loss"]
-        better = evaluation["loss"] < best  # never where it is nan
+        figure, sign = ("reward", 1) if "reward" in evaluation else ("loss", -1)
+        best = -math.inf if self.best is None else sign * self.best[figure]
+        better = sign * evaluation[figure] > best  # never where it is nan
         if better:
-            self.best = {"step": step, "loss": evaluation["loss"]}
+            self.best = {"step": step, figure: evaluation[figure]}
         self.stale = 0 if better else self.stale + 1
         return better
 
@@ -74,7 +75,7 @@ class Meter:
         progress: Progress,
         tally: Tally,
         *,
-        rate: Callable[[int], Any],
+        rate: Callable[[int, int], Any],
         epoch: Callable[[int], float],
         flops_per_token: float,
         devices: int,
@@ -113,7 +114,7 @@ class Meter:
             self.steady_tokens += tokens
             self.steady_seconds += seconds
         for (step, _), m in zip(ready, metrics):
-            lr = float(self.rate(step - 1 - m["skipped"]))
+            lr = float(self.rate(step, m["skipped"]))
             self.run.log(step, m | {"lr": lr, "epoch": self.epoch(step), "tokens_per_s": speed})
             if m["bad"] >= self.max_bad_steps:
                 raise UserError(
@@ -121,7 +122,8 @@ class Meter:
                     f"model; try a lower --config.optim.lr or more --config.optim.warmup"
                 )
         used = mfu(speed, self.flops_per_token, jax.devices()[0].device_kind, self.devices)
-        self.progress.update(step, {"loss": m["loss"], "lr": lr, "tokens_per_s": speed, "mfu": used})
+        shown = {"reward": m.get("reward"), "loss": m["loss"], "kl": m.get("kl") if "reward" in m else None}
+        self.progress.update(step, shown | {"lr": lr, "tokens_per_s": speed, "mfu": used})
 
     @property
     def steady(self) -> float:

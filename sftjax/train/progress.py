@@ -136,7 +136,7 @@ class Progress:
             self.bar.update(self.task, completed=step)
 
     def update(self, step: int, shown: Mapping[str, float | None]) -> None:
-        """`step` steps are done. Shown, where given: loss, lr, tokens_per_s, mfu."""
+        """`step` steps are done. Shown, where given: reward, loss, kl, lr, tokens_per_s, mfu."""
         self.marks.append((self.clock(), step))
         (then, first), (now, last) = self.marks[0], self.marks[-1]
         left = (self.total - step) * (now - then) / (last - first) if last > first else None
@@ -159,7 +159,9 @@ def say(text: str, console: Console | None = None) -> None:
 def describe(shown: Mapping[str, float | None]) -> str:
     """loss 1.2345  lr 1.9e-04  12.3k tokens/s  MFU 41 %  ETA 3m12s"""
     how: dict[str, Callable[[float], str]] = {
+        "reward": lambda x: f"reward {x:.3f}",
         "loss": lambda x: f"loss {x:.4f}",
+        "kl": lambda x: f"KL {x:.4f}",
         "lr": lambda x: f"lr {x:.1e}",
         "tokens_per_s": lambda x: f"{compact(x)} tokens/s",
         "mfu": lambda x: f"MFU {100 * x:.0f} %" if x >= 0.1 else f"MFU {100 * x:.1f} %",
