@@ -12,17 +12,22 @@ from ml_collections import ConfigDict
 from sftjax.config import NAMED_FREELY, UserError, default, flatten, parts, shares
 
 CHOICES = {
-    "task": ("sft", "pretrain", "classify", "reward", "dpo", "kto"),
+    "task": ("sft", "pretrain", "classify", "reward", "dpo", "kto", "grpo"),
     "classify.by": ("label", "head"),
     "reward.loss": ("bradley_terry", "plackett_luce"),
-    "model.dtype": (None, "float32", "bfloat16"),
+    "grpo.advantage": ("grpo", "rloo"),
+    "grpo.scale_rewards": ("group", "batch", "none"),
+    "grpo.loss_type": ("grpo", "dapo", "dr_grpo"),
+    "dpo.nll_by": (None, "pair", "token", "sum"),
+    "kto.loss": ("kto", "apo_zero_unpaired"),
+    "model.dtype": (None, "float32", "bfloat16", "float16"),
     "model.remat": ("none", "dots", "full", "offload"),
     "model.quantize": (None, "nf4", "int8"),
     "method": ("lora", "full", "freeze", "adapter", "tokens"),
     "lora.init": ("zero", "pissa", "olora"),
     "data.format": (
         *("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "label", "text"),
-        *("pair", "ranking", "unpaired", "tree"),
+        *("prompt", "pair", "ranking", "unpaired", "tree"),
     ),
     "data.loss_on": ("answers", "last_answer", "all"),
     "data.on_bad_row": ("error", "skip"),
@@ -48,10 +53,18 @@ AT_LEAST = {
     "loss.neftune_alpha": 0,
     "dpo.sft_weight": 0,
     "dpo.ld_alpha": 0,
+    "dpo.gamma": 0,
+    "dpo.nll": 0,
     "reward.margin": 0,
     "reward.centring": 0,
     "kto.desirable_weight": 0,
     "kto.undesirable_weight": 0,
+    "grpo.num_generations": 2,
+    "grpo.max_completion_length": 1,
+    "grpo.beta": 0,
+    "grpo.num_iterations": 1,
+    "grpo.num_mini_batches": 1,
+    "grpo.missing_eos_penalty": 0,
     "optim.lr": 0,
     "optim.eps": 0,
     "optim.weight_decay": 0,
@@ -74,8 +87,11 @@ AT_LEAST = {
     "eval.generate": 0,
     "eval.max_new_tokens": 1,
 }
-AT_MOST = {"dpo.ld_alpha": 1, "seed": 2**32 - 1, "optim.decay": 1, "optim.final_lr": 1}
-ABOVE_0 = ("lora.alpha", "lora.lr_ratio", "train.epochs", "dpo.beta", "kto.beta")
+AT_MOST = {"dpo.ld_alpha": 1, "grpo.top_p": 1, "seed": 2**32 - 1, "optim.decay": 1, "optim.final_lr": 1}
+ABOVE_0 = (
+    *("lora.alpha", "lora.lr_ratio", "train.epochs", "dpo.beta", "dpo.alpha", "dpo.tau", "kto.beta"),
+    *(f"grpo.{name}" for name in ("temperature", "top_p", "epsilon", "epsilon_high")),
+)
 SHARES = ("lora.dropout", "loss.label_smoothing", "dpo.label_smoothing", "optim.b1", "optim.b2")
 # what the values of the user's own names are to be, by their type
 OWN: dict[type, tuple[Callable[[Any], bool], str]] = {
@@ -87,7 +103,9 @@ OWN: dict[type, tuple[Callable[[Any], bool], str]] = {
 GIVEN = "given"  # any value but none
 GENERATED = ("eval.generate", "eval.metrics", "train.generate_every")
 LORA, FREEZE, ADAPTER = (tuple(f"{method}.{name}" for name in default()[method]) for method in ("lora", "freeze", "adapter"))
-DPO, KTO, CLASSIFY, REWARD = (tuple(f"{t}.{name}" for name in default()[t]) for t in ("dpo", "kto", "classify", "reward"))
+# the tasks that have keys of their own
+OF_TASKS = {t: tuple(f"{t}.{name}" for name in default()[t]) for t in CHOICES["task"] if t in default()}
+ROLLOUTS = ("grpo",)  # tasks that learn from what the model answers
 # keys, and the settings of others with which they would be accepted and ignored
 USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("model.adapter",), {"method": ("full", "freeze")}),
@@ -99,13 +117,15 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (ADAPTER, {"method": ("lora", "full", "freeze", "tokens")}),
     (ADAPTER, {"model.adapter": GIVEN}),
     (("loss.neftune_alpha", "data.loss_on", "data.template"), {"task": ("pretrain",)}),
-    (("loss.neftune_alpha", "loss.label_smoothing", "loss.z_loss", "loss.router_balance"), {"task": ("dpo", "kto", "reward")}),
-    (GENERATED, {"task": ("pretrain", "dpo", "kto", "reward")}),
+    (
+        ("loss.neftune_alpha", "loss.label_smoothing", "loss.z_loss", "loss.router_balance"),
+        {"task": ("dpo", "kto", "reward", *ROLLOUTS)},
+    ),
+    (GENERATED, {"task": ("pretrain", "reward", *ROLLOUTS)}),
+    (("data.loss_on", "data.packing", "eval.max_new_tokens"), {"task": ROLLOUTS}),  # held-out prompts are answered as all are
     (("data.label_prompt",), {"task": ("dpo", "kto", "reward")}),
-    (DPO, {"task": ("sft", "pretrain", "classify", "reward", "kto")}),
-    (KTO, {"task": ("sft", "pretrain", "classify", "reward", "dpo")}),
-    (CLASSIFY, {"task": ("sft", "pretrain", "reward", "dpo", "kto")}),
-    (REWARD, {"task": ("sft", "pretrain", "classify", "dpo", "kto")}),
+    *((keys, {"task": tuple(t for t in CHOICES["task"] if t != task)}) for task, keys in OF_TASKS.items()),
+    (("grpo.scale_rewards",), {"grpo.advantage": ("rloo",)}),
     (("classify.class_weights",), {"classify.by": ("label",)}),
     (
         ("loss.z_loss", "loss.router_balance", "data.template", "data.loss_on", *GENERATED),
@@ -114,7 +134,7 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("reward.margin",), {"reward.loss": ("plackett_luce",)}),
     (("data.loss_on",), {"task": ("reward",)}),  # an answer's reward is of the whole of it
     (("data.on_overlong",), {"task": ("pretrain",), "data.packing": (True,)}),  # documents are cut to fill rows
-    (("data.label_prompt",), {"data.format": ("alpaca", "sharegpt", "messages", "prompt_completion", "text")}),
+    (("data.label_prompt",), {"data.format": ("alpaca", "sharegpt", "messages", "prompt_completion", "text", "prompt")}),
     (("data.split",), {"data.eval": GIVEN}),
     (("optim.decay",), {"optim.schedule": ("cosine", "linear", "constant")}),
     (("optim.final_lr",), {"optim.schedule": ("constant",)}),
@@ -173,7 +193,7 @@ def check_values(values: dict[str, Any]) -> None:
     for key in SHARES:
         if not 0 <= values[key] < 1:
             refuse(key, "a share, at least 0 and below 1")
-    for key in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+    for key in (key for key in values if key.startswith("mesh.")):
         if values[key] < 1 and values[key] != -1:
             refuse(key, "at least 1, or -1 for the rest of the devices")
     for key in ("lora.targets", "lora.modules_to_save", "freeze.train", "adapter.targets", "tokens.train", "eval.metrics"):
@@ -185,6 +205,11 @@ def check_values(values: dict[str, Any]) -> None:
     weights = values["classify.class_weights"]
     if not (weights in ("none", "balanced") if isinstance(weights, str) else named_weights(weights)):
         refuse("classify.class_weights", "none, balanced, or a number above 0 for labels by name, e.g. {'spam': 3.0}")
+    if not (isinstance(values["dpo.loss"], str) or (values["dpo.loss"] and named_weights(values["dpo.loss"]))):
+        refuse("dpo.loss", "a name, or several with a number above 0 each, e.g. {'sigmoid': 1.0, 'bco_pair': 0.5}")
+    for key in ("grpo.rewards", "grpo.reward_weights"):
+        if not isinstance(values[key], (str, int, float, tuple, list)):
+            refuse(key, "a value or several, e.g. exact_match,length:20 with weights 1,0.5")
     if not shares(values["data.split"]):
         refuse("data.split", "numbers, e.g. 8,1,1")
     for group, kind in NAMED_FREELY.items():

@@ -30,7 +30,7 @@ def default() -> ConfigDict:
     `placeholder(type)` is None, which means "decide from the rest" as the comment beside it says, or a value of that type.
     """
     c = ConfigDict()
-    c.task = "sft"  # sft | pretrain | classify | reward | dpo | kto
+    c.task = "sft"  # sft | pretrain | classify | reward | dpo | kto | grpo
     c.seed = 0  # of everything random: init, order, dropout, noise, sampling
 
     c.model = ConfigDict()
@@ -39,7 +39,9 @@ def default() -> ConfigDict:
     c.model.trust_remote_code = False  # lets the tokenizer run code from the checkpoint
     c.model.adapter = placeholder(str)  # an adapter's directory to go on from: PEFT's (lora), or an export of method adapter
     c.model.quantize = placeholder(str)  # frozen kernels in fewer bits: nf4 (QLoRA, arXiv:2305.14314) | int8; None = as they are
-    c.model.dtype = placeholder(str)  # compute dtype: float32 | bfloat16; None = bfloat16 on accelerators, float32 on CPU
+    # compute dtype: float32 | bfloat16 | float16, with a dynamic loss scale; None = bfloat16 on accelerators (float16 on GPUs that
+    # have none, such as a T4), float32 on CPU
+    c.model.dtype = placeholder(str)
     c.model.scan = True  # one compiled layer body; False unrolls it
     # the backward pass recomputes: none = nothing, dots = all but products and attention, full = each layer from its input,
     # offload = the same, with the inputs kept in the host's memory
@@ -72,7 +74,8 @@ def default() -> ConfigDict:
     c.data.train = anything(())  # a path, glob, directory or hub id; several; or {"path":, "weight":, "format":, "columns":}
     c.data.eval = anything(None)  # held-out rows, as data.train; None = split off from train
     c.data.split = (8, 1, 1)  # train : eval : test where eval is None; by content, so duplicates stay together
-    c.data.format = "auto"  # alpaca | sharegpt | messages | prompt_completion | label | text | pair | ranking | unpaired | tree
+    # alpaca | sharegpt | messages | prompt_completion | label | text | prompt | pair | ranking | unpaired | tree
+    c.data.format = "auto"
     c.data.columns = ConfigDict()  # canonical name -> the file's own column, e.g. {"instruction": "question"}
     c.data.roles = ConfigDict()  # the file's role -> the template's role, e.g. {"human": "user"}
     c.data.system = placeholder(str)  # a system prompt for rows that have none
@@ -103,17 +106,48 @@ def default() -> ConfigDict:
     c.reward.centring = 0.0  # of (chosen + rejected)^2, which holds the mean reward at 0; 0.01 is usual, arXiv:2312.09244
 
     c.dpo = ConfigDict()  # task dpo; what training starts from is the reference
-    c.dpo.loss = "sigmoid"  # or hinge, ipo, orpo, simpo, ...: the names in sftjax/losses/preference.py
+    # sigmoid (DPO), hinge, ipo, orpo, simpo, ...: the names in sftjax/losses/preference.py; or several with their weights
+    c.dpo.loss = anything("sigmoid")  # {"sigmoid": 1.0, "bco_pair": 0.5}
     c.dpo.beta = placeholder(float)  # None = the loss's own: 2 for simpo, else 0.1
     c.dpo.sft_weight = 0.0  # of the chosen answer's likelihood beside the loss: RPO, arXiv:2404.19733
     c.dpo.label_smoothing = 0.0  # the share of pairs that are taken to be the wrong way round
     c.dpo.divergence = "reverse_kl"  # reverse_kl | forward_kl | js | alpha, arXiv:2309.16240
+    c.dpo.alpha = 0.5  # of the divergence alpha: 1 is forward KL, towards 0 reverse KL; TRL's coefficient is 1 - alpha
     c.dpo.ld_alpha = 1.0  # what a token beyond the shorter answer's length counts, arXiv:2409.06411
+    c.dpo.per_token = True  # ipo: log-ratios per token, as TRL and the paper's authors have them; False is as printed
+    c.dpo.tau = 0.05  # discopop: how sharply it goes over from one loss to the other; TRL's discopop_tau
+    c.dpo.shift = False  # bco_pair: less the rewards' mean, as in the paper; False is as TRL
+    c.dpo.gamma = 0.5  # simpo: by how much the chosen reward is to exceed the rejected one; TRL's simpo_gamma
+    c.dpo.nll = 1.0  # cpo: of the likelihood; TRL's cpo_alpha
+    c.dpo.nll_by = placeholder(str)  # sft, cpo, orpo: pair | token (TRL's) | sum; None = the paper's
+    c.dpo.prompt_nll = False  # sft, cpo, orpo: the likelihood is of the prompt too, as TRL's of orpo
+    c.dpo.precompute_ref_log_probs = False  # once, before training, and kept: no second forward pass, no second model
 
     c.kto = ConfigDict()  # task kto, arXiv:2402.01306
+    c.kto.loss = "kto"  # kto | apo_zero_unpaired, arXiv:2408.06266
     c.kto.beta = 0.1
     c.kto.desirable_weight = 1.0
     c.kto.undesirable_weight = 1.0
+    c.kto.precompute_ref_log_probs = False  # as dpo's
+
+    c.grpo = ConfigDict()  # task grpo, arXiv:2402.03300: answers are rewarded, and held against others to the same prompt
+    # exact_match and others of eval.metrics, "format:REGEX", "length:N", "file.py:function", "model:DIR"; docs/reinforcement.md
+    c.grpo.rewards = anything(())
+    c.grpo.reward_weights = anything(())  # a number for each of them; () = 1 for all
+    c.grpo.num_generations = 8  # answers to each prompt; train.batch_size counts answers
+    c.grpo.max_completion_length = 256  # tokens of an answer; data.max_length holds it with its prompt
+    c.grpo.temperature = 1.0
+    c.grpo.top_p = 1.0
+    c.grpo.advantage = "grpo"  # grpo: less the mean of the prompt's answers | rloo: of the others, arXiv:2402.14740
+    c.grpo.scale_rewards = "group"  # by the spread of the prompt's answers (group), of all (batch), or none, arXiv:2503.20783
+    c.grpo.loss_type = "grpo"  # each answer counts the same | dapo: each token, arXiv:2503.14476 | dr_grpo: a constant
+    c.grpo.beta = 0.04  # of the distance from the reference; 0 needs no reference
+    c.grpo.epsilon = 0.2  # how far a ratio may go before it is clipped ...
+    c.grpo.epsilon_high = placeholder(float)  # ... upwards; None = epsilon; DAPO takes 0.28
+    c.grpo.num_iterations = 1  # times that each answer is learnt from
+    c.grpo.num_mini_batches = 1  # parts into which a step's answers are cut, each with an update
+    c.grpo.missing_eos_penalty = 0.0  # taken from the reward of an answer that did not end by itself
+    c.grpo.mask_truncated_completions = False  # such an answer is not learnt from: DAPO's overlong filtering
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adam | sgd | lion | adafactor | muon
@@ -151,10 +185,12 @@ def default() -> ConfigDict:
     c.eval.max_new_tokens = 128
     c.eval.metrics = anything(())  # of answers, e.g. "exact_match,rougeL": sftjax/check.py has their names; () = what suits
 
-    c.mesh = ConfigDict()  # devices along each axis; -1 = the rest
-    c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
+    c.mesh = ConfigDict()  # devices along each axis; -1 = the rest; docs/sharding.md says which is for what
+    c.mesh.data = -1  # splits the batch
+    c.mesh.fsdp = 1  # the batch and every kernel: ZeRO-3
+    c.mesh.tensor = 1  # heads, the MLP's inner width, the vocabulary
+    c.mesh.sequence = 1  # each row, for long ones
+    c.mesh.expert = 1  # the batch and a mixture's experts
     c.lock()  # a key that is not here is a mistake
     for key in NAMED_FREELY:
         group, _, name = key.partition(".")
@@ -164,7 +200,7 @@ def default() -> ConfigDict:
 
 # the user's own names stand below these, with values of this type
 NAMED_FREELY = {"data.columns": str, "data.roles": str, "lora.rank_pattern": int, "lora.alpha_pattern": float}
-MAY_BE_DICTS = ("data.train", "data.eval", "classify.class_weights")  # of keys that are no config's own
+MAY_BE_DICTS = ("data.train", "data.eval", "classify.class_weights", "dpo.loss")  # of keys that are no config's own
 NO_DOTS = r"a name of your own has no dots; in a regex write \w for any letter, and q_proj is enough for self_attn.q_proj"
 
 

@@ -61,8 +61,8 @@ def load(
     """Opens a local Hugging Face directory or a hub id, with a PEFT adapter over it where one is given. Raises UserError.
 
     `quantize` (nf4 or int8) keeps the layers' kernels in so few bits, as they are read. `dtype` is the compute dtype: None is
-    bfloat16 on accelerators and float32 on a CPU. A tokenizer and a chat template that lie with the adapter are what it was
-    trained with, and go before the base's.
+    bfloat16 on accelerators (float16 on GPUs that have none) and float32 on a CPU. A tokenizer and a chat template that lie
+    with the adapter are what it was trained with, and go before the base's.
     """
     directory = resolve(path, revision)
     config = load_config(directory)
@@ -80,4 +80,7 @@ def load(
 def compute_dtype(name: Any) -> Any:
     if name is not None:
         return jnp.dtype(name)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    if jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.float32)
+    before_ampere = float(getattr(jax.devices()[0], "compute_capability", 8)) < 8  # of a GPU: without bfloat16
+    return jnp.dtype(jnp.float16 if before_ampere else jnp.bfloat16)

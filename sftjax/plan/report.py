@@ -70,6 +70,9 @@ def plan(
     if where and compile:
         exact.ready(where)
     rows = read_rows(config)
+    if where and where.chip.name == "t4" and config.model.dtype is None:  # as a run there decides: it has no bfloat16
+        config = config.copy_and_resolve_references()
+        config.model.dtype = "float16"
     job = open_dry(config, rows.length, platform(where.chip) if where else "tpu")
     check_length(config, job.base)
     check_routers(config, job.base)

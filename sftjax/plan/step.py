@@ -22,16 +22,16 @@ from ml_collections import ConfigDict
 
 from sftjax import sharding, tree
 from sftjax.config import UserError, parts
-from sftjax.data.batch import Batch
+from sftjax.data.batch import Batch, Referred
 from sftjax.hf.load import load_config, read_json, resolve
 from sftjax.hf.model import compute_dtype
 from sftjax.hf.peft_read import load_adapter, saved_modules
-from sftjax.losses import Loss, kto, masked_xent, neftune
-from sftjax.losses.preference import WITHOUT_REFERENCE
+from sftjax.losses import Loss, dpo, kto, masked_xent, neftune
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, forward, init
-from sftjax.tasks import dpo
-from sftjax.tasks.reference import reference
+from sftjax.tasks import dpo as dpo_task
+from sftjax.tasks import kto as kto_task
+from sftjax.tasks.reference import precomputed, reference
 from sftjax.train import optim
 from sftjax.train.step import State, init_state, make_step
 from sftjax.weights import method
@@ -66,7 +66,7 @@ class Dry:
         self.loss = LOSSES[c.task](self)
         rate = optim.schedule(c.optim, STEPS)
         self.optimizer = optim.optimizer(c.optim, rate, rates(self.trainable, c.lora.lr_ratio))
-        self.state: State = jax.eval_shape(lambda t: init_state(t, self.optimizer), self.trainable)
+        self.state: State = jax.eval_shape(lambda t: init_state(t, self.optimizer, dtype), self.trainable)
 
     @property
     def rows(self) -> int:
@@ -86,9 +86,10 @@ class Dry:
         return make_step(self.loss, self.optimizer, seed=c.seed, micro_batches=self.micro_batches, clip=c.optim.clip)
 
     @cached_property
-    def batch(self) -> Batch:
+    def batch(self) -> Batch | Referred:
         shape = (self.rows, self.length)
-        return Batch(*(jax.ShapeDtypeStruct(shape, t) for t in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+        made = Batch(*(jax.ShapeDtypeStruct(shape, t) for t in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
+        return Referred(*made, jax.ShapeDtypeStruct(shape, jnp.float32)) if precomputed(self.config) else made
 
     def say(self, text: str) -> None:
         pass
@@ -141,8 +142,10 @@ def _tokens(job: Dry) -> Loss:
     return masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance)
 
 
-def _reference(job: Dry) -> Callable[[Any], Any]:
+def _reference(job: Dry) -> Callable[[Any], Any] | str:
     """The task's own, whose copies become shapes like the rest."""
+    if precomputed(job.config):
+        return "batch"
     out: list[Any] = []
 
     def keep(trainable: Any, frozen: Any) -> tuple[Any, Any]:
@@ -158,10 +161,10 @@ LOSSES: dict[str, Callable[[Dry], Loss]] = {
     "sft": _tokens,
     "classify": _tokens,
     "pretrain": _tokens,
-    "dpo": lambda job: dpo.composer(job.config)(
-        job.forward, reference=None if job.config.dpo.loss in WITHOUT_REFERENCE else _reference(job)
+    "dpo": lambda job: dpo(
+        job.forward, reference=_reference(job) if dpo_task.refers(job.config) else None, **dpo_task.options(job.config)
     ),
-    "kto": lambda job: kto(job.forward, reference=_reference(job), **job.config.kto),
+    "kto": lambda job: kto(job.forward, reference=_reference(job), **kto_task.options(job.config)),
 }
 
 
@@ -209,7 +212,7 @@ def placed(job: Dry, mesh: Mesh | AbstractMesh) -> tuple[State, Any, Batch]:
         return put(x, next((home for end, (shape, home) in by_path.items() if name.endswith(end) and shape == x.shape), whole))
 
     opt_state = jax.tree_util.tree_map_with_path(like_its_weight, job.state.opt_state)
-    scalars = {name: put(getattr(job.state, name), whole) for name in ("step", "bad", "skipped")}
-    state = State(trainable=jax.tree.map(put, job.trainable, homes), opt_state=opt_state, **scalars)
+    scalars = jax.tree.map(lambda x: put(x, whole), job.state._replace(trainable=None, opt_state=None))
+    state: State = scalars._replace(trainable=jax.tree.map(put, job.trainable, homes), opt_state=opt_state)
     frozen = jax.tree.map(put, job.frozen, homes_of(job.frozen))
     return state, frozen, jax.tree.map(lambda x: put(x, sharding.batch_sharding(mesh)), job.batch)

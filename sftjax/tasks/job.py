@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+import math
 import resource
 import sys
 import time
@@ -19,13 +21,13 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from sftjax import sharding, tree
+from sftjax import hosts, sharding, tree
 from sftjax.check import check
 from sftjax.config import UserError
 from sftjax.data import pipeline
 from sftjax.data.batch import Batch
 from sftjax.data.rows import Rows
-from sftjax.data.stream import Stream, eval_batches
+from sftjax.data.stream import WHOLE, Stream, eval_batches
 from sftjax.generate.engine import max_length
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
@@ -49,21 +51,26 @@ class Job:
 
     def __init__(self, config: ConfigDict, workdir: str | Path, *, force: bool = False):
         check(config)
-        refuse_many_hosts()
+        refuse_many_hosts(config)
         self.began = time.perf_counter()
         self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh)
-        check_batch(config, self.mesh)
-        self.base = Base(config)
-        check_length(config, self.base)
-        check_routers(config, self.base)
-        self.chat = self.base.chat
-        self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
-        self.say: Callable[[str], None] = say
-        self.splits = pipeline.build(config, self.chat, say=say)
-        self.stream = Stream(self.splits.train, config, process_index=jax.process_index(), process_count=jax.process_count())
-        self.manifest = self.describe()
-        self.refuse_another_run(force)
+        self.say: Callable[[str], None] = say if hosts.first() else lambda _: None
+        with hosts.agreeing():
+            self.mesh = sharding.make_mesh(**config.mesh)
+            hosts.refuse_idle(self.mesh)
+            check_batch(config, self.mesh)
+            self.base = Base(config)
+            check_length(config, self.base)
+            check_routers(config, self.base)
+            self.chat = self.base.chat
+            self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
+        hosts.refuse_unshared(self.run.workdir)
+        self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))
+        with hosts.agreeing():
+            self.stream = Stream(self.splits.train, config, mine=hosts.own_rows(self.mesh, config.train.batch_size))
+            self.manifest = self.describe()
+            self.refuse_another_run(force)
+        hosts.refuse_differences(same_everywhere(self.manifest))
         self.decoder, params, mask = self.base.build(self.mesh)
         self.write_what_it_is()
         self.trainable, self.frozen = tree.split(params, mask)
@@ -94,7 +101,8 @@ class Job:
 
         `answer` answers a few prompts, every train.generate_every steps; `options` are loop.fit's.
         """
-        with jax.set_mesh(self.mesh), Progress(self.stream.steps_total, log_every=self.config.train.log_every) as progress:
+        shown = Progress(self.stream.steps_total, log_every=self.config.train.log_every, quiet=not hosts.first())
+        with jax.set_mesh(self.mesh), shown as progress:
 
             def watch(step: int, trainable: Any) -> None:
                 if answer and (answers := answer(tree.join(trainable, self.frozen))):
@@ -131,7 +139,8 @@ class Job:
         return scaled
 
     def held_out(self, rows: Rows) -> Iterable[Batch]:
-        return eval_batches(rows, eval_rows(self.config), self.config.data.max_length) if len(rows) else ()
+        size = eval_rows(self.config)
+        return eval_batches(rows, size, self.config.data.max_length, hosts.own_rows(self.mesh, size)) if len(rows) else ()
 
     def finish(self, tally: Tally, extra: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes summary.json, samples.jsonl and report.html; returns the summary."""
@@ -160,8 +169,10 @@ class Job:
         }
         self.run.write_lines("samples.jsonl", samples)
         self.run.write_json("summary.json", summary)
-        write_report(self.run.workdir)
+        if hosts.first():
+            write_report(self.run.workdir)
         self.run.close()
+        hosts.gather(0)  # the others wait here until all is written: where they leave, there is a limit
         return summary
 
     def describe(self) -> dict[str, Any]:
@@ -243,7 +254,7 @@ def share(part: int, whole: int) -> str:
 
 def check_batch(config: ConfigDict, mesh: Any) -> None:
     """Refuses a batch that does not divide over micro-batches and devices."""
-    c, shards = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    c, shards, columns = config.train, sharding.batch_shards(mesh), mesh.shape[sharding.SEQUENCE]
     micro = c.micro_batch or c.batch_size
     if c.batch_size % micro:
         raise UserError(f"train.batch_size={c.batch_size} is no multiple of train.micro_batch={micro}")
@@ -253,6 +264,16 @@ def check_batch(config: ConfigDict, mesh: Any) -> None:
             raise UserError(
                 f"{key}={rows} does not divide over {shards} data shards; use a multiple of {shards} or --config.mesh.data=1"
             )
+    if WHOLE % columns:
+        raise UserError(
+            f"mesh.sequence={columns} does not divide {WHOLE}, of which rows' lengths are multiples; "
+            f"use --config.mesh.sequence={math.gcd(WHOLE, columns)}"
+        )
+    if (most := config.data.max_length) % columns:
+        raise UserError(
+            f"data.max_length={most} does not divide over mesh.sequence={columns}; "
+            f"use --config.data.max_length={max(most // columns, 1) * columns}"
+        )
 
 
 def eval_rows(config: ConfigDict) -> int:
@@ -271,14 +292,27 @@ def check_length(config: ConfigDict, base: Base) -> None:
 
 
 def check_routers(config: ConfigDict, base: Base) -> None:
-    """Refuses to balance routers that the model does not have."""
+    """Refuses to balance routers, and to split experts, that the model does not have."""
+    if (shards := config.mesh.expert) != 1 and not base.source_config.experts:
+        raise UserError(f"mesh.expert={shards}: {base.directory} has no experts to split; use --config.mesh.data={shards}")
     if (weight := config.loss.router_balance) and not base.source_config.experts:
         raise UserError(f"loss.router_balance={weight:g}: {base.directory} has no experts to balance; leave it 0")
 
 
-def refuse_many_hosts() -> None:
-    if jax.process_count() > 1:
-        raise UserError(f"training runs on one host so far, with all its devices; this is one of {jax.process_count()} processes")
+def same_everywhere(manifest: dict[str, Any]) -> dict[str, str]:
+    """sha256 of what has to be the same on every host, by what it is called."""
+    same = {"version of a package (manifest.json lists them)": manifest["versions"], "config": manifest["config"]}
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in (same | manifest["hashes"]).items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
+def refuse_many_hosts(config: ConfigDict) -> None:
+    """What one host does alone so far: where a policy answers, or what is computed is kept by row. Raises UserError."""
+    if not hosts.many():
+        return
+    kept = f"{config.task}.precompute_ref_log_probs"
+    if config.task in ("dpo", "kto") and config[config.task].precompute_ref_log_probs:
+        raise UserError(f"--config.{kept}=True: runs on one host so far, this is {hosts.name()}; leave it out")
 
 
 def peak_memory_mib() -> float:

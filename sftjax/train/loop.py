@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from sftjax import hosts, sharding, tree
+from sftjax import hosts, tree
 from sftjax.data.batch import Batch
 from sftjax.data.stream import prefetch
 from sftjax.losses.tokens import Loss

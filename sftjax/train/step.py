@@ -23,7 +23,6 @@ from sftjax import sharding, tree
 from sftjax.data.batch import Batch
 from sftjax.losses.tokens import Loss
 
-
 # Of a sum over a few thousand tokens, 16 is what others begin with of their mean, 2^16. Below LEAST no scale is to blame.
 FIRST_SCALE, LEAST, GROWS_AFTER = 2.0**4, 2.0**-10, 200
 
@@ -150,7 +149,7 @@ def over_minibatches(step: Step, *, seed: int, epochs: int = 1, minibatches: int
 
         def one(state: State, xs: tuple[Array, Array]) -> tuple[State, dict[str, Array]]:
             i, chosen = xs
-            part = jax.tree.map(lambda x: sharding.constrain(x[chosen], sharding.BATCH, None), batch)
+            part = jax.tree.map(lambda x: sharding.constrain(x[chosen], sharding.BATCH, sharding.along(x.shape[1])), batch)
             return update(state._replace(step=taken * updates + i), frozen, part)
 
         state, metrics = jax.lax.scan(one, state, (jnp.arange(updates), orders.reshape(updates, -1)))

@@ -11,7 +11,7 @@ from sftjax import tree
 from sftjax.data.batch import Batch
 from sftjax.losses import masked_xent
 from sftjax.models.decoder import Decoder, forward
-from sftjax.train.step import init_state, make_step
+from sftjax.train.step import FIRST_SCALE, GROWS_AFTER, init_state, make_step
 from sftjax.weights import select
 from sftjax.weights.lora import lora
 
@@ -146,3 +146,56 @@ def test_only_the_trainable_tree_moves_and_gets_moments(p):
     state, _ = take(start, frozen, optimizer=adam, micro_batches=2)
     moved = tree.flatten(tree.join(state.trainable, frozen))["layers/attn/q/kernel"]
     assert np.abs(moved.b).min() > 0 and moved.base is frozen["layers"]["attn"]["q"]["kernel"].base
+
+
+# -- float16, whose scale comes and goes
+
+
+def halves(dtype):
+    return masked_xent(forward(Decoder(CONFIG, dtype)))
+
+
+def scaled_state(p, optimizer, scale):
+    state = init_state(p, optimizer, jnp.float16)
+    return state._replace(scale=state.scale._replace(scale=jnp.asarray(scale)))
+
+
+@pytest.mark.parametrize("scale, micro_batches", [(1.0, 1), (2.0**10, 2)])
+def test_gradients_of_float16_are_float32s_within_its_rounding(scale, micro_batches, p, whole):
+    state, metrics = take(scaled_state(p, OPTIMIZER, scale), loss=halves(jnp.float16), micro_batches=micro_batches)
+    moved = lambda s: jax.tree.map(jnp.subtract, s.trainable, p)  # noqa: E731
+    assert_trees_close(moved(state), moved(whole[0]), rtol=2**-7)  # a few roundings of 2^-11
+    np.testing.assert_allclose(metrics["loss"], whole[1]["loss"], rtol=1e-3)
+    assert metrics["loss_scale"] == scale and metrics["skipped"] == 0
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else(p):
+    adam = optax.adam(0.1)
+    start = scaled_state(p, adam, 2.0**30)
+    step = jax.jit(make_step(halves(jnp.float16), adam, seed=0))
+    frozen = jax.tree.map(lambda _: None, p)
+    state, metrics = step(start, frozen, BATCH)
+    jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.opt_state), (start.trainable, start.opt_state))
+    assert (state.scale.scale, state.skipped, state.bad, state.step) == (2.0**29, 1, 0, 1)
+    assert np.isfinite(metrics["loss"])  # which is never scaled
+    for _ in range(30):  # halved until the gradients fit
+        state, metrics = step(state, frozen, BATCH)
+    assert 1 < metrics["loss_scale"] < 2.0**20 and metrics["bad"] == 0 and np.isfinite(metrics["grad_norm"])
+    assert state.opt_state[0].count == state.step - state.skipped
+
+
+def test_the_scale_doubles_after_so_many_good_steps_and_is_not_to_blame_for_a_loss_that_is_none():
+    state = init_state({"w": jnp.ones(())}, OPTIMIZER, jnp.float16)
+    state = state._replace(scale=state.scale._replace(good=jnp.asarray(GROWS_AFTER - 2)))
+    step, frozen = jax.jit(make_step(linear, OPTIMIZER, seed=0)), {"w": None}
+    scales = []
+    for tokens in ([1, 2], [1, -1], [1, 2], [1, 2]):  # the second's loss is infinite: a bad step, and no good one
+        state, metrics = step(state, frozen, toy(tokens))
+        scales.append(float(metrics["loss_scale"] / FIRST_SCALE))
+    assert scales == [1, 1, 2, 2] and (state.scale.good, metrics["skipped"]) == (1, 1)
+    assert step(state, frozen, toy([1, -1]))[1]["bad"] == 1
+
+
+def test_other_dtypes_have_no_scale(p):
+    for dtype in (None, jnp.bfloat16, jnp.float32):
+        assert init_state(p, OPTIMIZER, dtype).scale is None
