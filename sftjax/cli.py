@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         VERBS[args.verb](args)
     except UserError as e:
         print(f"sftjax {args.verb}: {e}", file=sys.stderr)
+        leave_lost(e)
         sys.exit(1)
     except Stopped as e:
         print(e, file=sys.stderr)
@@ -49,6 +50,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     sys.exit(0)
+
+
+def leave_lost(e: Exception) -> None:
+    """Ends the process at once where another is lost: in good order it would first wait for that one."""
+    hosts = sys.modules.get("sftjax.hosts")
+    if hosts is not None and isinstance(e, hosts.Lost):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def check_verb(parser: Parser, given: list[str]) -> None:
@@ -130,13 +140,16 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    from sftjax import tasks
+    from sftjax import hosts, tasks
     from sftjax.config import parts
     from sftjax.tasks.export import FORMS
 
     keep_compilations()
     config = load_config(args)
+    hosts.join(args.coordinator, args.num_processes, args.process_id)
     summary = tasks.train(config, args.workdir, force=args.force)
+    if not hosts.first():
+        return
     for name in dict.fromkeys(("eval_loss", "exact_match", *parts(config.eval.metrics), "accuracy", "margin")):
         if summary.get(name) is not None and summary.get(f"{name}_before") is not None:
             print(f"{name.replace('_', ' ')}: {summary[f'{name}_before']:.4f} -> {summary[name]:.4f}")

@@ -73,6 +73,14 @@ def build_parser() -> Parser:
     config(p)
     p.add_argument("--workdir", metavar="DIR", help="the run's directory: checkpoints, metrics, report")
     p.add_argument("--force", action="store_true", help="go on in a directory whose run had another config, data or base")
+    p.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of several processes where the first is, or JAX_COORDINATOR_ADDRESS (default: as SLURM, Open MPI, Kubernetes or a "
+        "TPU slice has it)",
+    )
+    p.add_argument("--num-processes", type=int, metavar="N", help="how many there are, or JAX_NUM_PROCESSES")
+    p.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0, or JAX_PROCESS_ID")
 
     p = verb(
         "eval",

@@ -1,4 +1,4 @@
-"""Batch: the fixed-shape arrays every model and loss sees, each [B, T]."""
+"""Batch: the fixed-shape arrays every model and loss sees, each [B, T]. Referred: with a reference's log-probs beside them."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ class Batch(NamedTuple):
     weights: Any
     segments: Any
     positions: Any
+
+
+class Referred(NamedTuple):
+    """A Batch that carries its reference: `reference` [B, T] float32, each token's log-prob as `losses.token_logps` gives it."""
+
+    tokens: Any
+    weights: Any
+    segments: Any
+    positions: Any
+    reference: Any

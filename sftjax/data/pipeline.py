@@ -33,11 +33,11 @@ from sftjax.data.rows import Rows, split, split_keys
 from sftjax.data.sources import Source, sources
 
 Say = Callable[[str], None]
-WANTS = {"dpo": "pairs", "reward": "pairs", "kto": "labels"}  # what a task learns from; the others: answers
+WANTS = {"dpo": "pairs", "reward": "pairs", "kto": "labels", "grpo": "prompts", "ppo": "prompts"}  # the others: answers
 
 
 def wanted(config: ConfigDict) -> str:
-    """What the task learns from: answers, pairs, rankings, labels (good or bad) or classes (a text and its label)."""
+    """What the task learns from: answers, pairs, rankings, labels (good or bad), classes (a text and its label) or prompts."""
     if config.task == "classify" and config.classify.by == "head":
         return "classes"
     if config.task == "reward" and config.reward.loss == "plackett_luce":
@@ -74,17 +74,17 @@ class Opened:
 def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None = None) -> Splits:
     """Everything config.data asks for. Says what it does and what it finds through `say`; raises UserError.
 
-    `want`: answers, pairs, rankings, labels or classes; None is what the task learns from.
+    `want`: answers, pairs, rankings, labels, classes or prompts; None is what the task learns from.
     """
     data = config.data
     want = want or wanted(config)
-    if want not in ("answers", "classes"):
+    if want not in ("answers", "classes", "prompts"):
         refuse_what_spoils_preferences(config)
     opened = open_all(config, chat, say, want)
     stores = [o.store for o in opened]
     training = len(sources(data.train))
     fill = config.task == "pretrain" and data.packing
-    ledger = Ledger(stores, max_length=data.max_length, on_overlong=data.on_overlong, fill=fill, want=want)
+    ledger = Ledger(stores, max_length=room(config, want), on_overlong=data.on_overlong, fill=fill, want=want)
     if data.on_bad_row == "error":
         fail_on(ledger.rejected)
     if data.on_overlong == "error":
@@ -106,6 +106,22 @@ def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None 
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))
     tell(report, say)
     return Splits(train, evaluation, test, report, ledger.rejected + ledger.dropped())
+
+
+def room(config: ConfigDict, want: str) -> int:
+    """The most tokens of a row; of a prompt, beside its answer. Raises UserError."""
+    longest = config.data.max_length
+    if want != "prompts":
+        return longest
+    if config.data.on_overlong == "truncate":
+        raise UserError("--config.data.on_overlong=truncate: a prompt that is cut short asks something else; use drop or error")
+    answer = config[config.task].max_completion_length
+    if answer >= longest:
+        raise UserError(
+            f"--config.data.max_length={longest}: holds a prompt and its answer, and --config.{config.task}."
+            f"max_completion_length={answer} leaves no room for the prompt; raise the one or lower the other"
+        )
+    return longest - answer
 
 
 def refuse_what_spoils_preferences(config: ConfigDict) -> None:
@@ -140,7 +156,7 @@ def open_one(
 ) -> Opened:
     """The encoded rows of one source: from the cache where its content is known, else tokenised now."""
     data = config.data
-    root = Path(data.cache_dir or "~/.cache/sftjax/data").expanduser()
+    root = cache_root(data)
     key = cache_key(source, digest + context, data, chat, want)
     started, fresh = time.perf_counter(), not (root / key).exists()
     if fresh:
@@ -150,6 +166,11 @@ def open_one(
     took = f"tokenised in {time.perf_counter() - started:.1f} s" if fresh else "from the cache"
     say(f"{source.path}: {len(store):,} rows, {int(store.offsets[-1]):,} tokens, {took}")
     return Opened(source, files, digest, store)
+
+
+def cache_root(data: ConfigDict) -> Path:
+    """Where encoded rows are kept."""
+    return Path(data.cache_dir or "~/.cache/sftjax/data").expanduser()
 
 
 def content(files: Sequence[str]) -> str:
@@ -226,6 +247,9 @@ def tell(report: dict[str, Any], say: Say) -> None:
     if not report["train"]["rows"]:
         raise UserError(f"no rows are left to train on: {read}")
     sizes = ", ".join(f"{name} {report[name]['rows']:,}" for name in ("train", "eval", "test"))
-    say(f"{read}; {sizes}; {report['train']['trained_tokens']:,} of {report['train']['tokens']:,} training tokens are trained")
+    tokens, trained = report["train"]["tokens"], report["train"]["trained_tokens"]
+    say(
+        f"{read}; {sizes}; {f'{trained:,} of {tokens:,} training tokens are trained' if trained else f'{tokens:,} tokens to train on'}"
+    )
     if report["eval_rows_in_train"]:
         say(f"warning: {report['eval_rows_in_train']:,} rows of data.eval are also in data.train: evaluation will look too good")

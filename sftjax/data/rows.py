@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ class Rows:
     slots: int = 1  # segment numbers that a row takes in a batch
     other: np.ndarray | None = None  # the row whose answer each prompt is shown with too, in the slot OTHER
     labelled: bool = False  # a row ends with its label's number, and keeps it where the text before it is cut
+    reference: np.ndarray | None = None  # float32 [sum of lengths]: a reference's log-probs of all rows' tokens, end to end
 
     def __len__(self) -> int:
         return len(self.index)
@@ -79,6 +81,16 @@ class Rows:
     def part(self, i: int) -> np.ndarray:
         """The parts of row i as they are stored, cache.PART."""
         return self.stores[self.store[i]].part(self.index[i])
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """Where each row's tokens begin, were all of them end to end."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def referred(self, i: int) -> np.ndarray:
+        """The reference's log-probs of row i's tokens, of all its parts; of rows that have a reference."""
+        assert self.reference is not None
+        return self.reference[self.begins[i] : self.begins[i] + self.lengths[i]]
 
     def labels(self) -> np.ndarray:
         """The number of each row's label, int64 [n]; of labelled rows."""

@@ -13,15 +13,18 @@ import queue
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax.config import UserError
-from sftjax.data.batch import Batch
+from sftjax.data.batch import Batch, Referred
 from sftjax.data.pack import Piece, Plan, assemble
 from sftjax.data.rows import Rows
+
+WHOLE = 128  # rows' lengths are its multiples
 
 
 class Stream:
@@ -32,19 +35,14 @@ class Stream:
     bins         rows of T that the first epoch makes (every epoch, unless a source has a fractional weight)
     fullness     the share of their positions that hold a token
 
-    With several hosts each gives its own rows of the global batch: the process_index-th part of process_count.
+    With several hosts each gives its own rows of the global batch, `mine` by number; None is all.
     """
 
-    def __init__(self, rows: Rows, config: ConfigDict, *, process_index: int = 0, process_count: int = 1):
+    def __init__(self, rows: Rows, config: ConfigDict, *, mine: Sequence[int] | None = None):
         self.rows, self.seed = rows, config.seed
         self.max_length, self.packing = config.data.max_length, config.data.packing
         self.batch_size = config.train.batch_size
-        if self.batch_size % process_count:
-            raise UserError(
-                f"train.batch_size={self.batch_size} does not divide over {process_count} hosts; use a multiple of that"
-            )
-        share = self.batch_size // process_count
-        self.mine = range(process_index * share, (process_index + 1) * share)
+        self.mine = range(self.batch_size) if mine is None else mine
         self.plans: OrderedDict[int, Plan] = OrderedDict()
         self.lock = threading.RLock()  # prefetch plans in its thread while the loop asks for the epoch
         self.begins = [0]  # the first bin of epoch 0, 1, ... as far as known
@@ -65,8 +63,8 @@ class Stream:
         return epoch + i / self.count(epoch)
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step` (from 0): numpy, [batch_size / process_count, length]."""
-        return assemble([cut(self.rows, self.pieces(step * self.batch_size + b)) for b in self.mine], self.length)
+        """Batch number `step` (from 0): numpy, [rows of `mine`, length]."""
+        return made(self.rows, [self.pieces(step * self.batch_size + b) for b in self.mine], self.length)
 
     def pieces(self, bin: int) -> list[Piece]:
         """What bin number `bin` of the line holds; nothing after the end of the run."""
@@ -112,7 +110,19 @@ def static_length(rows: Rows, first: Plan, max_length: int, packing: bool) -> in
         fullest = int(first.sizes().max(initial=1))  # other epochs have bins of the same sizes
     else:
         fullest = max_length if packing else int(rows.lengths.max())
-    return min(max_length, -(-fullest // 128) * 128)
+    return min(max_length, -(-fullest // WHOLE) * WHOLE)
+
+
+def made(rows: Rows, bins: list[list[Piece]], length: int) -> Any:
+    """A Batch of a row for each bin; a Referred where the rows have a reference."""
+    batch = assemble([cut(rows, pieces) for pieces in bins], length)
+    if rows.reference is None:
+        return batch
+    reference = np.zeros(batch.tokens.shape, np.float32)
+    for row, pieces in zip(reference, bins):
+        for at, (i, _, _) in zip(np.cumsum([0, *(rows.lengths[i] for i, _, _ in pieces)]), pieces):
+            row[at : at + rows.lengths[i]] = rows.referred(i)
+    return Referred(*batch, reference)
 
 
 def cut(rows: Rows, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray, int]]:
@@ -124,13 +134,13 @@ def cut(rows: Rows, pieces: list[Piece]) -> list[tuple[np.ndarray, np.ndarray, i
     return out
 
 
-def eval_batches(rows: Rows, batch_size: int, max_length: int) -> Iterator[Batch]:
-    """Every row exactly once, packed, in batches of one shape; the last one padded with empty rows."""
+def eval_batches(rows: Rows, batch_size: int, max_length: int, mine: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Every row exactly once, packed, in batches of one shape; the last one padded with empty rows. `mine` as in Stream."""
+    mine = range(batch_size) if mine is None else mine
     bins = rows.plan(seed=0, epoch=0, max_length=max_length, packing=True)
     length = static_length(rows, bins, max_length, packing=True)
     for at in range(0, len(bins), batch_size):
-        here = [cut(rows, bins[i]) for i in range(at, min(at + batch_size, len(bins)))]
-        yield assemble(here + [[]] * (batch_size - len(here)), length)
+        yield made(rows, [bins[at + i] if at + i < len(bins) else [] for i in mine], length)
 
 
 def prefetch(stream: Stream, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:

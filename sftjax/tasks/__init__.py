@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sftjax import hosts
 from sftjax.tasks import classify, dpo, kto, pretrain, reward, sft
 
 TASKS = {
@@ -20,5 +21,10 @@ TASKS = {
 
 
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Trains in `workdir` and returns what its summary.json holds. Raises UserError; Stopped where a signal asked for it."""
-    return TASKS[config.task](config, workdir, force=force)
+    """Trains in `workdir` and returns what its summary.json holds. Raises UserError; Stopped where a signal asked for it.
+
+    Where a launcher started several processes (sftjax/hosts.py), each calls this, and returns the same.
+    """
+    hosts.join()
+    with hosts.together():
+        return TASKS[config.task](config, workdir, force=force)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from sftjax import tree
+from sftjax import hosts, tree
 from sftjax.config import parts
 from sftjax.data.pack import permutation
 from sftjax.evaluate import heldout
@@ -31,8 +31,12 @@ class Answers:
     def __init__(self, job: Job):
         self.job = job
         rows, wanted = job.splits.eval, job.config.eval.generate
+        every = job.config.train.generate_every
+        if hosts.many() and (wanted or every):
+            job.say(f"answers need one host: sftjax eval --workdir={job.run.workdir} has them afterwards")
+            wanted = every = 0
         shuffled = (rows.example(i) for i in permutation(len(rows), job.config.seed).tolist())
-        watched = WATCHED if job.config.train.generate_every else 0
+        watched = WATCHED if every else 0
         found = list(itertools.islice(heldout.questions(job.chat, shuffled), max(wanted, watched)))
         self.questions, self.watched = found[:wanted], found[:watched]
         metrics = parts(job.config.eval.metrics)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sftjax import tree
+from sftjax import hosts, tree
 from sftjax.config import UserError
 from sftjax.data.formats import LABELS, in_order
 from sftjax.data.rows import Rows
@@ -121,5 +121,5 @@ def confusion(job: Job, params: Any, rows: Rows) -> np.ndarray:
     count = jax.jit(predicted(job.forward))
     with jax.set_mesh(job.mesh):
         batches = [to_devices(batch, job.mesh) for batch in job.held_out(rows)]
-        found = jax.device_get([count(params, batch) for batch in batches])
+        found = hosts.fetch([count(params, batch) for batch in batches])
     return np.sum(found, axis=0) if found else np.zeros((C, C), np.int64)

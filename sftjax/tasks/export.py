@@ -21,7 +21,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sftjax import config as schema
-from sftjax import sharding, tree
+from sftjax import hosts, sharding, tree
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.hf.load import load_params
@@ -46,6 +46,7 @@ FORMS = {
 }
 
 
+@hosts.by_first
 def export(
     workdir: str | Path,
     *,

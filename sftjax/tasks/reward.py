@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from sftjax import hosts
 from sftjax.data.rows import Rows
 from sftjax.evaluate.calibration import calibration
 from sftjax.losses import Loss
@@ -44,5 +45,5 @@ def differences(job: Job, params: Any, rows: Rows, answers: int) -> np.ndarray:
     """Reward of the better answer less that of the worse one, of each pair of the rows; of rankings of up to `answers`."""
     each = jax.jit(pair_differences(job.forward, answers))
     with jax.set_mesh(job.mesh):
-        found = [jax.device_get(each(params, to_devices(batch, job.mesh))) for batch in job.held_out(rows)]
+        found = [hosts.fetch(each(params, to_devices(batch, job.mesh))) for batch in job.held_out(rows)]
     return np.concatenate([ahead[real] for ahead, real in found]) if found else np.zeros(0, np.float32)

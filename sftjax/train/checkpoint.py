@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from sftjax import hosts
 from sftjax.config import UserError
 
 
@@ -49,9 +50,16 @@ class Checkpoints:
         hush_orbax()
         self.directory, self.say = directory, say
         self.kept = LastAndBest(keep)
+        # a reader is one host alone; writers all go by what the first of them sees in the directory that they share
+        alone = read_only and hosts.many()
+        self.failed = (lambda reason: [reason] * bool(reason)) if alone else hosts.which
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.kept,
             enable_async_checkpointing=True,
+            single_host_load_and_broadcast=hosts.many() and not alone,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes={0} if alone else None, barrier_sync_key_prefix="alone" if alone else None
+            ),
             cleanup_tmp_directories=not read_only,  # a reader's run may be writing there
             read_only=read_only,
             create=not read_only,
@@ -112,10 +120,14 @@ class Checkpoints:
     def _read(self, step: int | None, **items: Any) -> tuple[int, Any] | None:
         steps = self.steps() if step is None else [step]
         for candidate in reversed(steps):
+            found, reason = None, ""
             try:
-                return candidate, self.manager.restore(candidate, args=ocp.args.Composite(**items))
+                found = self.manager.restore(candidate, args=ocp.args.Composite(**items))
             except (ValueError, OSError, KeyError) as e:
                 reason = first_line(e)
+            if not (failed := self.failed(reason)):
+                return candidate, found
+            reason = reason or f"on host {failed[0]}"
             if step is None and candidate != steps[0]:
                 self.say(f"checkpoint {candidate} cannot be read ({reason}); going back to the one before")
         if step is not None:

@@ -100,6 +100,7 @@ class Progress:
     """`with Progress(total=800) as progress: progress.update(10, {"loss": 1.3, "tokens_per_s": 8e3, "mfu": 0.41})`.
 
     One line that moves in a terminal; elsewhere a plain line every `log_every` steps, and for the last. `say` prints above.
+    `quiet` is for all hosts but one.
     """
 
     def __init__(
@@ -108,14 +109,15 @@ class Progress:
         *,
         log_every: int = 10,
         console: Console | None = None,
+        quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total, self.log_every, self.clock = total, log_every, clock
-        self.console = console or Console()
+        self.console = console or Console(quiet=quiet)
         self.marks: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step): ETA from the recent past, not from compiling
         self.printed = 0
         self.bar: Bar | None = None
-        if self.console.is_terminal and not self.console.is_jupyter:
+        if self.console.is_terminal and not self.console.is_jupyter and not self.console.quiet:
             columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[shown]}", markup=False)
             self.bar = Bar(*columns, console=self.console)
             self.task = self.bar.add_task("train", total=total, shown="compiling ...")

@@ -304,9 +304,3 @@ def test_a_rate_for_lora_needs_one(toy, tmp_path):
     with pytest.raises(UserError, match=r"lora\.lr_ratio=16\.0: .* holds no LoRA"):
         Base(toy.config(**changes))
     Base(toy.config(**changes | {"lora.lr_ratio": 1.0}))
-
-
-def test_several_hosts_are_refused_by_name(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="runs on one host so far"):
-        tasks.train(toy.config(), tmp_path / "run")

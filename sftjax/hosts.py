@@ -1,0 +1,360 @@
+"""Many hosts: the same program in one process a host (or a device), each with its rows of a batch and its shards of a model.
+
+    srun sftjax train ...      mpirun ... sftjax train ...      a Job of Kubernetes      every worker of a TPU slice
+    sftjax train ... --coordinator=HOST:PORT --num-processes=4 --process-id=0      anywhere
+
+`join` comes before anything is asked of jax. What follows is between processes that have joined: each does the same in the same
+order, so whatever is decided is decided from what all of them know. With one process nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sftjax import sharding
+from sftjax.config import UserError
+
+COMING = 300  # seconds for all processes to come together
+SILENT = 60  # seconds without a sign of life after which a process counts as lost
+LEAVING = 60  # seconds that a process waits for the others when it ends
+SEEING = 5.0  # seconds for a file to show on another host
+
+COUNTS = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+INDICES = ("JAX_PROCESS_ID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "JOB_COMPLETION_INDEX")
+BROKEN = re.compile(  # what collectives and the coordination service say when a peer is gone
+    r"gloo|nccl|coordination service|heartbeat|socket closed|connection (closed|reset|refused)|deadline_exceeded|unavailable",
+    re.IGNORECASE,
+)
+T = TypeVar("T")
+Q = ParamSpec("Q")
+
+
+class Lost(UserError):
+    """Another process is gone: nothing that needs all of them can be done any more, leaving in good order neither."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others. `method` is jax's own way to find out what is None; devices () are all of the host's."""
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    method: str | None = "deactivate"
+    devices: tuple[int, ...] = ()
+
+
+def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
+    """Joins the other processes, where there are any, as `find` has it. Raises UserError where they do not come together."""
+    if jax.distributed.is_initialized():
+        return
+    place = find(os.environ, coordinator, count, index)
+    if place is None:
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for train/stop.py
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.index,
+            local_device_ids=place.devices,
+            cluster_detection_method=place.method,
+            initialization_timeout=COMING,
+            heartbeat_timeout_seconds=SILENT,
+            shutdown_timeout_seconds=LEAVING,
+        )
+    except (RuntimeError, ValueError, OSError) as e:
+        who = "this process" if place.index is None else f"process {place.index} of {place.count}"
+        at = f" at {place.coordinator}" if place.coordinator else ""
+        raise UserError(unjoined(str(e), who, at)) from e
+
+
+def unjoined(why: str, who: str, at: str) -> str:
+    """What went wrong where processes did not come together, in a sentence."""
+    first = why.strip().splitlines()[0][:300] if why.strip() else "no reason given"
+    if "before any JAX calls" in first:
+        return "jax was used before the hosts were joined; call sftjax.train first, or jax.distributed.initialize at the start"
+    if re.search(r"deadline|timed out|unavailable|failed to connect", why, re.IGNORECASE):
+        return (
+            f"{who} waited {COMING} s{at} and not all came; see that every process was started, that all were given the same "
+            f"--coordinator and --num-processes, and that this host reaches that port ({first})"
+        )
+    return f"{who} could not join the others{at}: {first}; --coordinator, --num-processes and --process-id say it outright"
+
+
+def find(
+    env: Mapping[str, str], coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> Place | None:
+    """Where this process stands, by what it was given, else by the variables of its launcher; None where it is alone.
+
+    jax knows SLURM, Open MPI 4, TPU slices and, with the package `kubernetes`, Jobs and JobSets of Kubernetes. Elsewhere
+    JAX_COORDINATOR_ADDRESS says where process 0 is, and the number of processes and the index are JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or the launcher's: Open MPI's, SLURM's, and of Kubernetes JOB_COMPLETION_INDEX. Raises UserError.
+    """
+    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+    number = count if count is not None else first_of(env, COUNTS)
+    place = index if index is not None else first_of(env, INDICES)
+    if number == 1:
+        return None
+    if coordinator:
+        return refuse_wrong(Place(coordinator, number, place, devices=own_devices(env)))
+    if {"SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_LOCALID"} <= {*env} and "SLURM_PROCID" in env and count is None:
+        return Place(method="slurm", devices=own_devices(env))
+    if "OMPI_MCA_orte_hnp_uri" in env and count is None:
+        return Place(method="ompi", devices=own_devices(env))
+    if (by := tpu_slice(env)) is not None:
+        return Place(method=by)
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env and count is None and find_spec("kubernetes"):
+        return Place(method=None)
+    if count is not None or index is not None or "OMPI_COMM_WORLD_SIZE" in env or (place and "JOB_COMPLETION_INDEX" in env):
+        raise UserError(
+            "there are other processes, and nothing says where the first of them is; give --coordinator=HOST:PORT or "
+            "JAX_COORDINATOR_ADDRESS, the same to every process"
+        )
+    return None
+
+
+def refuse_wrong(place: Place) -> Place:
+    told = f"--coordinator={place.coordinator}"
+    if not re.fullmatch(r".+:\d+", place.coordinator or ""):
+        raise UserError(f"{told}: needs HOST:PORT, of the host of process 0 and any port that is free there")
+    for value, flag, variable in ((place.count, "num-processes", COUNTS[0]), (place.index, "process-id", INDICES[0])):
+        if value is None:
+            raise UserError(f"{told}: needs --{flag} beside it, or {variable}")
+    if not 0 <= place.index < place.count:  # type: ignore[operator]
+        raise UserError(f"--process-id={place.index}: {place.count} processes have the ids 0 to {place.count - 1}")  # type: ignore[operator]
+    return place
+
+
+def first_of(env: Mapping[str, str], names: tuple[str, ...]) -> int | None:
+    """The first of these variables that is there. SLURM's count where it started this very process, not where it could."""
+    for name in names:
+        if name in env and not (name.startswith("SLURM") and "SLURM_STEP_NODELIST" not in env):
+            if not env[name].isdecimal():
+                raise UserError(f"{name}={env[name]}: needs a whole number")
+            return int(env[name])
+    return None
+
+
+def own_devices(env: Mapping[str, str]) -> tuple[int, ...]:
+    """The GPU of a process that shares its host with others, by its rank there; () = whatever it sees.
+
+    Left to itself jax takes one GPU for a process of SLURM or Open MPI even where there is one process a host.
+    """
+    here = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    rank = env.get("OMPI_COMM_WORLD_LOCAL_RANK") or env.get("SLURM_LOCALID")
+    seen = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    given = "JAX_LOCAL_DEVICE_IDS" in env or (len(seen) == 1 and seen[0])
+    if "JAX_LOCAL_DEVICE_IDS" in env:
+        return tuple(int(i) for i in env["JAX_LOCAL_DEVICE_IDS"].split(","))
+    return () if given or rank is None or here == "1" else (int(rank),)
+
+
+def tpu_slice(env: Mapping[str, str]) -> str | None:
+    """jax's name for the kind of TPU slice that this is a host of; None where it is none, or has no other host."""
+    if "TPU_ML_PLATFORM" not in env:  # set by jax where libtpu and chips are
+        return None
+    workers = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+    if workers is not None:
+        return "gketpu" if "," in workers or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
+    if "TPU_SKIP_MDS_QUERY" in env:
+        return None
+    try:
+        socket.getaddrinfo(env.get("GCE_METADATA_IP", "metadata.google.internal"), 80)
+    except OSError:
+        return None
+    return "gcetpu"
+
+
+def many() -> bool:
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Is this the process that logs, prints and writes?"""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    return f"host {jax.process_index()} of {jax.process_count()}"
+
+
+def gather(value: Any) -> np.ndarray:
+    """[processes, ...]: the numbers of every process, of one shape, in their order; up to 32 bits."""
+    return multihost_utils.process_allgather(np.asarray(value)) if many() else np.asarray(value)[None]
+
+
+def fetch(arrays: Any) -> Any:
+    """A tree of arrays as numpy, whole on every process wherever their parts lie."""
+    if not many():
+        return jax.device_get(arrays)
+    here = jax.tree.map(lambda x: x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True), arrays)
+    return jax.device_get(here)
+
+
+def which(true: Any) -> list[int]:
+    """The processes where something is true."""
+    return np.flatnonzero(gather(bool(true))).tolist()
+
+
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """A UserError of one process in the block ends it on all: the others would wait for that one for ever."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as e:
+        error = e
+    failed = which(error is not None) if many() else []
+    if error:
+        raise error
+    if failed:
+        raise UserError(f"host {failed[0]} cannot go on, and says why")
+
+
+def by_first(work: Callable[Q, T]) -> Callable[Q, T]:
+    """`work`, which process 0 does while the others wait; they return None."""
+
+    @functools.wraps(work)
+    def done(*args: Q.args, **kwargs: Q.kwargs) -> T:
+        with agreeing():
+            return work(*args, **kwargs) if first() else None  # type: ignore[return-value]
+
+    return done
+
+
+def in_turn(work: Callable[[], T], where: Path) -> T:
+    """What `work` returns, which leaves something at `where`: where all see that, process 0 does it before the others look."""
+    if not many():
+        return work()
+    together = not blind(where)
+    with agreeing():
+        done = work() if first() or not together else None
+    with agreeing():
+        return work() if together and not first() else done  # type: ignore[return-value]
+
+
+def blind(directory: Path) -> list[int]:
+    """The processes that do not see in `directory` what process 0 writes there."""
+    token = bytes(gather(np.frombuffer(os.urandom(8), np.uint8))[0]).hex()
+    file = directory / f".hosts-{token}"  # a name never looked for: a network's file system remembers what was not there
+    if first():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError:
+            pass  # then nobody sees it; what comes to write there says why
+    gather(0)
+    until = time.monotonic() + SEEING
+    while not (seen := file.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    found = which(not seen)
+    if first():
+        file.unlink(missing_ok=True)
+    return found
+
+
+def refuse_unshared(workdir: Path) -> None:
+    """Raises UserError on every process where one does not see the run's directory."""
+    if many() and (alone := blind(workdir)):
+        raise UserError(
+            f"--workdir={workdir}: host {alone[0]} does not see there what host 0 writes; it must be one directory that all "
+            f"{jax.process_count()} hosts share, on NFS, Lustre or a mounted bucket"
+        )
+
+
+def refuse_differences(parts: Mapping[str, str]) -> None:
+    """Raises UserError that names what is not the same on all processes; `parts` are sha256 digests in hex, by name."""
+    if not many():
+        return
+    digests = gather(np.array([list(bytes.fromhex(digest)) for digest in parts.values()], np.uint8))
+    for i, part in enumerate(parts):
+        if other := np.flatnonzero((digests[:, i] != digests[0, i]).any(-1)).tolist():
+            raise UserError(f"host {other[0]} has another {part} than host 0; start every host with the same")
+
+
+def own_shards(mesh: Mesh) -> list[int]:
+    """Which of a batch's parts this process's devices hold. Processes that share a part of a tensor axis hold the same."""
+    parts = sharding.batch_shards(mesh)
+    places = NamedSharding(mesh, P(sharding.BATCH)).addressable_devices_indices_map((parts,))
+    return sorted({index[0].indices(parts)[0] for index in places.values() if index})
+
+
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a batch of so many this process's devices hold; all of them where there is one process."""
+    each = rows // sharding.batch_shards(mesh)
+    return [row for part in own_shards(mesh) for row in range(part * each, (part + 1) * each)]
+
+
+def place_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The global [B, T] array of which `x` holds this process's rows, in the order of `own_rows`."""
+    own = own_shards(mesh)
+    each = len(x) // len(own)
+    shape = (each * sharding.batch_shards(mesh), *x.shape[1:])
+
+    def part(index: Any) -> np.ndarray:
+        at = own.index(index[0].indices(shape[0])[0] // each) * each
+        return x[at : at + each][:, *index[1:]]
+
+    return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh), part)
+
+
+def refuse_idle(mesh: Mesh) -> None:
+    """Raises UserError where a process has no device in the mesh, as where all axes are 1."""
+    used = {device.process_index for device in mesh.devices.flat}
+    if len(used) < jax.process_count():
+        shape = " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.shape.items() if axis in ("data", "fsdp"))
+        raise UserError(
+            f"{shape}: the mesh has {mesh.size} of the {jax.device_count()} devices and leaves {jax.process_count() - len(used)} "
+            "hosts without any; set one axis to -1, the rest"
+        )
+
+
+def votes(mesh: Mesh) -> Callable[[int], int]:
+    """`vote(mine) -> of all`: the largest number that any process gave in the call before, 0 in the first.
+
+    It is asked for in one call and read in the next, so that a step of training is never waited for. One process hears itself
+    at once.
+    """
+    if not many():
+        return lambda mine: mine
+    ballots, everywhere = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
+    most = jax.jit(lambda x: x.max(), out_shardings=everywhere)
+    cast: list[jax.Array] = []
+
+    def vote(mine: int) -> int:
+        heard = int(cast.pop()) if cast else 0
+        cast.append(most(jax.make_array_from_callback((mesh.size,), ballots, lambda _: np.full(1, mine, np.int32))))
+        return heard
+
+    return vote
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Says in a sentence that another process is gone, which shows as one of several errors. Raises Lost."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as e:
+        if not many() or not BROKEN.search(str(e)):
+            raise
+        raise Lost(
+            f"{name()} has lost another: its process has ended, or the network to it ({str(e).splitlines()[0][:200]}); "
+            "start all of them again with the same command, and the run goes on from its last checkpoint"
+        ) from e
