@@ -31,14 +31,21 @@ from sftjax.weights import kinds
 Metrics = dict[str, Array]
 
 
-class Seen(NamedTuple):
-    """What four models made of a batch of answers, by action: [B, T], and the score [B]."""
+class Played(NamedTuple):
+    """A Batch of prompts with their answers, whose weights are 1 where the policy chose the token, and what came of them.
 
-    logps: Array  # log pi_old(a_t | s_t), of the policy that acted
-    entropy: Array  # of pi_old( . | s_t)
-    reference: Array  # log pi_ref(a_t | s_t)
-    values: Array  # V(s_t)
-    scores: Array  # of whole answers, by a reward model or a reward function
+    All [B, T]; what stands where no token was chosen means nothing.
+    """
+
+    tokens: Any
+    weights: Any
+    segments: Any
+    positions: Any
+    logps: Any  # log pi_old(a_t | s_t), of the policy that acted
+    entropy: Any  # of pi_old( . | s_t)
+    reference: Any  # log pi_ref(a_t | s_t)
+    values: Any  # V(s_t)
+    scores: Any  # the answer's, with its last action; else 0
 
 
 class Experience(NamedTuple):
@@ -87,15 +94,13 @@ def earned(scores: Array, stopped: Array, *, clip: float | None = None, missing_
     return held - missing_eos_penalty * (1 - stopped.astype(jnp.float32))
 
 
-def token_rewards(scores: Array, apart: Array, mask: Array, coefficient: Array | float) -> Array:
-    """r_t [B, T]: each action's distance from the reference costs, the last action earns the answer's score [B]."""
-    last = mask * (1 - jnp.roll(mask, -1, axis=1).at[:, -1].set(0))
-    return last * scores[:, None] - coefficient * mask * apart
+def at_the_end(scores: Array, mask: Array) -> Array:
+    """[B] -> [B, T]: each answer's score with its last action."""
+    return mask * (1 - jnp.roll(mask, -1, axis=1).at[:, -1].set(0)) * scores[:, None]
 
 
 def experience(
-    batch: Any,
-    seen: Seen,
+    played: Played,
     coefficient: Array | float,
     *,
     kl_estimator: str = "k1",
@@ -104,7 +109,7 @@ def experience(
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
 ) -> tuple[Experience, Metrics]:
-    """What is learnt from, and what it looked like. `batch.weights` is the mask of actions; the scores are as `earned`.
+    """What is learnt from, and what it looked like: r_t is the score with the last action, less `coefficient` times KL_t.
 
     Whitened rewards keep their mean, as in arXiv:1909.08593's own code and TRL; advantages do not. Metrics:
 
@@ -113,10 +118,11 @@ def experience(
         return              what an answer earned in all, its distance from the reference paid for, mean over answers
         explained_variance  of the returns by the values: 1 - Var(G - V) / Var(G), 1 where V knew it all
     """
-    mask = (batch.weights > 0).astype(jnp.float32)
+    *batch, logps, entropy, reference, values, scores = played
+    mask = (played.weights > 0).astype(jnp.float32)
     # what is no action is out before it is computed with: 0 times an infinity would be nan
-    logps, entropy, reference, values = (jnp.where(mask > 0, x, 0) for x in seen[:4])
-    rewards = token_rewards(seen.scores, divergence(logps, reference, kl_estimator), mask, coefficient)
+    logps, entropy, reference, values = (jnp.where(mask > 0, x, 0) for x in (logps, entropy, reference, values))
+    rewards = mask * (scores - coefficient * divergence(logps, reference, kl_estimator))
     n, answers = jnp.maximum(mask.sum(), 1), jnp.maximum((mask.sum(1) > 0).sum(), 1)
     paid = rewards.sum() / answers
     if whiten_rewards:
@@ -130,7 +136,7 @@ def experience(
     }
     if whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(batch.tokens, mask, batch.segments, batch.positions, logps, values, advantages, returns), metrics
+    return Experience(batch[0], mask, *batch[2:], logps, values, advantages, returns), metrics
 
 
 def spread(x: Array, mask: Array) -> Array:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from sftjax.losses import ppo
-from sftjax.losses.ppo import Experience, Seen
+from sftjax.losses.ppo import Experience, Played
 from sftjax.models.decoder import Output
 
 RNG = np.random.default_rng(0)
@@ -47,29 +47,28 @@ def slope_of(params, learnt, vf_coef=0.1):
 
 @pytest.fixture(scope="module")
 def played():
-    """(a Batch of prompts with their answers, whose weights are 1 where the policy chose; what was seen of them)."""
     lengths = [12, 9, 7, 10]
     batch = tiny.batch([[n] for n in lengths], T)
     mask = np.zeros((B, T), np.float32)
     for row, (start, end) in enumerate(zip([3, 5, 1, 9], lengths)):
         mask[row, start:end] = 1
     logps, entropy, reference, values = RNG.standard_normal((4, B, T)).astype(np.float32)
-    seen = Seen(logps, entropy, logps + 0.3 * reference, values, RNG.standard_normal(B).astype(np.float32))
-    return batch._replace(weights=jnp.asarray(mask)), jax.tree.map(jnp.asarray, seen)
+    scores = ppo.at_the_end(RNG.standard_normal(B).astype(np.float32), jnp.asarray(mask))
+    batch = batch._replace(weights=mask)
+    return Played(*map(jnp.asarray, (*batch, logps, entropy, logps + 0.3 * reference, values, scores)))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("whitened", [False, True])
 def test_an_action_is_worth_what_the_definition_says(estimator, whitened, played):
-    batch, seen = played
     how = {"kl_estimator": estimator, "gamma": 0.9, "lam": 0.8, "whiten_rewards": whitened, "whiten_advantages": whitened}
-    found, told = jax.jit(partial(ppo.experience, **how))(batch, seen, 0.3)
-    logps, entropy, reference, values, scores = map(np.asarray, seen)
-    answers = [np.flatnonzero(row) for row in np.asarray(batch.weights)]
+    found, told = jax.jit(partial(ppo.experience, **how))(played, 0.3)
+    logps, entropy, reference, values, scores = map(np.asarray, played[4:])
+    answers = [np.flatnonzero(row) for row in np.asarray(played.weights)]
     rewards = []
     for b, actions in enumerate(answers):
         rewards.append([-0.3 * ESTIMATORS[estimator](logps[b, t] - reference[b, t]) for t in actions])
-        rewards[b][-1] += scores[b]
+        rewards[b][-1] += scores[b].sum()
     assert told["return"] == pytest.approx(np.mean([sum(r) for r in rewards]), abs=1e-5)
     every = np.concatenate(rewards)
     if whitened:
@@ -85,7 +84,7 @@ def test_an_action_is_worth_what_the_definition_says(estimator, whitened, played
         expected = (np.array(advantages[b]) - flat.mean()) / flat.std() if whitened else advantages[b]
         np.testing.assert_allclose(found.advantages[b, actions], expected, atol=1e-4)
         np.testing.assert_allclose(found.returns[b, actions], returns[b], atol=1e-4)
-    at = np.asarray(batch.weights) > 0
+    at = np.asarray(played.weights) > 0
     assert not np.asarray(found.advantages)[~at].any() and not np.asarray(found.returns)[~at].any()
     kl = np.mean([sum(logps[b, t] - reference[b, t] for t in actions) for b, actions in enumerate(answers)])
     known = 1 - np.var(aims - values[at]) / np.var(aims)
@@ -101,41 +100,38 @@ def test_an_answer_earns_its_score_within_bounds_and_pays_for_being_cut_off():
 
 
 def test_log_probs_entropy_and_values_stand_with_the_action_they_are_of(played):
-    batch, _ = played
-    tokens, (b, t) = np.asarray(batch.tokens), np.nonzero(batch.weights)
+    tokens, (b, t) = np.asarray(played.tokens), np.nonzero(played.weights)
     before = tokens[b, t - 1]  # the state ends there
     hidden, head = np.tanh(PARAMS["policy"]["embedding"])[before], np.asarray(PARAMS["policy"]["head"])
     probs = np.exp(hidden @ head)
     probs /= probs.sum(-1, keepdims=True)
-    logps, entropy = logps_and_entropy(PARAMS, batch)
+    logps, entropy = logps_and_entropy(PARAMS, played)
     expected = np.log(probs[np.arange(len(t)), tokens[b, t]])
     np.testing.assert_allclose(logps[b, t], expected, rtol=1e-4)
-    np.testing.assert_allclose(logps_of(PARAMS, batch)[b, t], expected, rtol=1e-4)
+    np.testing.assert_allclose(logps_of(PARAMS, played)[b, t], expected, rtol=1e-4)
     np.testing.assert_allclose(entropy[b, t], -(probs * np.log(probs)).sum(-1), rtol=1e-4)
     scores = np.tanh(PARAMS["value"]["embedding"])[before] @ np.asarray(PARAMS["value"]["score"])
-    np.testing.assert_allclose(values_of(PARAMS, batch)[b, t], scores[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(values_of(PARAMS, played)[b, t], scores[:, 0], rtol=1e-4)
 
 
 def test_the_first_step_is_reinforce_with_a_baseline(played):
     """lam = gamma = 1 and nothing to pay: sum over actions of (G - V(s)) grad log pi(a | s), whatever the clip."""
-    batch, seen = played
-    seen = seen._replace(logps=logps_of(PARAMS, batch), values=values_of(PARAMS, batch))
-    learnt, _ = ppo.experience(batch, seen, 0.0, lam=1.0, whiten_advantages=False)
-    b, t = np.nonzero(batch.weights)
+    played = played._replace(logps=logps_of(PARAMS, played), values=values_of(PARAMS, played))
+    learnt, _ = ppo.experience(played, 0.0, lam=1.0, whiten_advantages=False)
+    b, t = np.nonzero(played.weights)
 
     def reinforce(params):
-        return -((seen.scores[b] - seen.values[b, t]) * ppo.action_logps(policy, params, batch)[b, t]).sum()
+        return -((played.scores.sum(1)[b] - played.values[b, t]) * ppo.action_logps(policy, params, played)[b, t]).sum()
 
     tiny.assert_trees_close(slope_of(PARAMS, learnt, 0.0)[1], jax.grad(reinforce)(PARAMS), rtol=1e-4)
 
 
 def test_the_value_learns_the_returns_and_the_policy_none_of_it(played):
-    batch, seen = played
-    learnt, _ = ppo.experience(batch, seen._replace(values=values_of(PARAMS, batch)), 0.1)
+    learnt, _ = ppo.experience(played._replace(values=values_of(PARAMS, played)), 0.1)
     still = learnt._replace(advantages=jnp.zeros_like(learnt.advantages))
 
     def squares(params):
-        return 0.25 * (learnt.weights * (ppo.state_values(value, params, batch) - learnt.returns) ** 2).sum()
+        return 0.25 * (learnt.weights * (ppo.state_values(value, params, played) - learnt.returns) ** 2).sum()
 
     slope = slope_of(PARAMS, still, 0.5)[1]
     tiny.assert_trees_close(slope, jax.grad(squares)(PARAMS), rtol=1e-4)
@@ -143,12 +139,10 @@ def test_the_value_learns_the_returns_and_the_policy_none_of_it(played):
 
 
 def test_what_is_no_action_changes_nothing(played):
-    batch, seen = played
-
     @jax.jit
     def run(fill):
-        strange = Seen(*(jnp.where(batch.weights > 0, x, fill) for x in seen[:4]), seen.scores)
-        learnt, told = ppo.experience(batch, strange, 0.1, kl_estimator="k3", whiten_rewards=True)
+        strange = Played(*played[:4], *(jnp.where(played.weights > 0, x, fill) for x in played[4:8]), played.scores)
+        learnt, told = ppo.experience(strange, 0.1, kl_estimator="k3", whiten_rewards=True)
         return told, slope_of(PARAMS, learnt)
 
     plain, strange = run(0.0), run(-jnp.inf)
@@ -157,9 +151,8 @@ def test_what_is_no_action_changes_nothing(played):
 
 
 def test_an_action_that_went_too_far_is_counted_and_teaches_nothing(played):
-    batch, _ = played
-    logps, values, n = logps_of(PARAMS, batch), values_of(PARAMS, batch), float(batch.weights.sum())
-    learnt = Experience(*batch, logps - 1, values - 5, batch.weights, values - 5)  # both are beyond what they gain by
+    logps, values, n = logps_of(PARAMS, played), values_of(PARAMS, played), float(played.weights.sum())
+    learnt = Experience(*played[:4], logps - 1, values - 5, played.weights, values - 5)  # both are beyond what they gain by
     (_, told), slope = slope_of(PARAMS, learnt)
     assert (float(told["clip_fraction"]), float(told["approx_kl"])) == (n, pytest.approx(n / 2, rel=1e-3))
     assert not any(x.any() for x in jax.tree.leaves(slope["policy"]))
