@@ -1,5 +1,7 @@
 """Eight virtual devices compute what one does, each holding its share."""
 
+import math
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -7,17 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from tiny import assert_trees_close, batch, config, params
 
 from sftjax import sharding, tree
-from sftjax.config import UserError
-from sftjax.losses import masked_xent
+from sftjax.config import UserError, default
+from sftjax.losses import dpo, masked_xent
+from sftjax.models import moe
 from sftjax.models.config import Experts
 from sftjax.models.decoder import Decoder, forward
+from sftjax.plan import flops
+from sftjax.tasks.job import check_batch
 from sftjax.weights import select
 from sftjax.weights.adapter import adapter
 from sftjax.weights.kinds import Kind
-from sftjax.weights.lora import lora
+from sftjax.weights.lora import lora, without
 from sftjax.weights.quantize import int8, nf4
 from sftjax.weights.targets import match
 from sftjax.weights.tokens import tokens
@@ -28,11 +34,10 @@ CONFIG = config(
 ROWS = [[20], [9, 8], [3], [-4, 12], [6, 6, 6], [20], [], [17]]
 BATCH = batch(ROWS, 20)
 TIED = replace(CONFIG, tied=True)
-# a shard has whole blocks of 64 in every dimension, on fsdp=8 as on tensor=4
-BLOCKS = config(width=512, mlp_width=256, layers=2, kv_heads=4, head_dim=64)
+BLOCKS = config(width=128, mlp_width=128, layers=2, kv_heads=2, head_dim=32)  # a half has whole blocks of 64 in every dimension
 TARGETS = "q_proj,o_proj,down_proj,lm_head"
-MIXED = replace(CONFIG, experts=Experts(3, 2, 16, shared=8))
-MIXED_BLOCKS = replace(BLOCKS, experts=Experts(3, 2, 256))
+MIXED = replace(CONFIG, experts=Experts(4, 2, 16, shared=8))
+MIXED_BLOCKS = replace(BLOCKS, experts=Experts(4, 2, 128))
 
 
 def low_rank(p, targets=TARGETS, by=0.1, **options):
@@ -50,6 +55,7 @@ METHODS = {
     "dora": (CONFIG, lambda p: low_rank(p, dora=True)),
     "qlora": (BLOCKS, lambda p: low_rank(quantised(jax.tree.map(lambda x: 0.2 * x, p), nf4), by=0.01)),
     "int8": (CONFIG, lambda p: low_rank(quantised(p, int8), init="olora")),
+    "dpo": (CONFIG, low_rank),
     "adapter": (CONFIG, lambda p: jax.tree.map(lambda x: x + 0.01, adapter(p, jax.random.key(0), width=4))),
     "tokens": (TIED, lambda p: tokens(low_rank(p, "embed_tokens"), (3, 40, 63))),
     "mixture": (MIXED, lambda p: p),
@@ -62,9 +68,17 @@ METHODS = {
 EVERYTHING = ("full", "mixture")
 
 
-def value_and_grad(c, trainable, frozen, b):
-    loss = masked_xent(forward(Decoder(c)), router_balance=0.1 if c.experts else 0.0)
-    return jax.jit(jax.value_and_grad(lambda t, f, b: loss(tree.join(t, f), b, None)[0]))(trainable, frozen, b)
+def compiled(loss, trainable, frozen, b):
+    """The loss and its gradient. Unoptimised: what is compiled once and runs once, for milliseconds."""
+    step = jax.jit(jax.value_and_grad(lambda t, f, b: loss(tree.join(t, f), b, None)[0]))
+    return step.lower(trainable, frozen, b).compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_loss(method):
+    c = METHODS[method][0]
+    if method == "dpo":
+        return dpo(forward(Decoder(c)), reference=without)
+    return masked_xent(forward(Decoder(c, remat="dots")), router_balance=0.1 if c.experts else 0.0)
 
 
 def make_params(method):
@@ -74,43 +88,63 @@ def make_params(method):
 
 
 @pytest.fixture(scope="module")
-def single():
-    """`single(method)`: loss and gradients on one device."""
+def made():
+    """`made(method)`: parameters and which of them train; `made(method, loss=True)`: its loss and gradients on one device."""
 
     @cache
-    def of(method):
-        p, mask = make_params(method)
-        return value_and_grad(METHODS[method][0], *tree.split(p, mask), BATCH)
+    def of(method, loss=False):
+        if not loss:
+            return make_params(method)
+        p, mask = of(method)
+        arguments = (*tree.split(p, mask), BATCH)
+        return compiled(make_loss(method), *arguments)(*arguments)
 
     return of
 
 
-MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
-
-
-FSDP, TENSOR, ALL = MESHES[1:]
-TRIED = [*(("full", mesh) for mesh in MESHES), ("lora", FSDP), ("lora", ALL), ("dora", ALL), ("qlora", FSDP), ("qlora", TENSOR)]
-TRIED += [("int8", ALL), ("adapter", TENSOR), ("tokens", ALL), *(("mixture", mesh) for mesh in (FSDP, TENSOR, ALL))]
-TRIED += [("lora on experts", ALL), ("qlora on experts", FSDP)]
+DATA, FSDP, TENSOR = {"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "tensor": 4}
+SEQUENCE, EXPERT = {"data": 2, "sequence": 4}, {"data": 2, "expert": 4}
+# three axes are three pairs: these hold every pair of axes, but data with tensor, which is above
+DFS, FTS = {"data": 2, "fsdp": 2, "sequence": 2}, {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
+DTE, FES = {"data": 2, "tensor": 2, "expert": 2}, {"data": 1, "fsdp": 2, "expert": 2, "sequence": 2}
+TRIED = [("full", mesh) for mesh in (DATA, FSDP, TENSOR, SEQUENCE, DFS, FTS)]
+TRIED += [(method, mesh) for method in ("lora", "qlora", "dpo") for mesh in (DFS, FTS)]
+TRIED += [(method, FTS) for method in ("dora", "int8", "adapter", "tokens")]
+TRIED += [*(("mixture", mesh) for mesh in (EXPERT, DTE, FES)), ("lora on experts", FES), ("qlora on experts", DTE)]
 
 
 @pytest.mark.parametrize("method, axes", TRIED, ids=str)
-def test_sharded_equals_single(method, axes, single):
+def test_sharded_equals_single(method, axes, made):
     mesh = sharding.make_mesh(**axes)
-    p, mask = make_params(method)
+    p, mask = made(method)
     p = jax.tree.map(jax.device_put, p, sharding.shardings(p, mesh))
-    c, q = METHODS[method][0], p["layers"]["attn"]["q"]["kernel"]
+    q = p["layers"]["attn"]["q"]["kernel"]
     while isinstance(q, Kind):
         q = q.base
     held = q if isinstance(q, jax.Array) else q.codes
     lead, fan_in, fan_out = held.shape
     assert held.addressable_shards[0].data.shape == (lead, fan_in // mesh.shape["fsdp"], fan_out // mesh.shape["tensor"])
     b = jax.device_put(BATCH, sharding.batch_sharding(mesh))
-    assert b.tokens.addressable_shards[0].data.shape == (8 // (mesh.shape["data"] * mesh.shape["fsdp"]), 20)
+    rows, columns = 8 // math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert")), 20 // mesh.shape["sequence"]
+    assert b.tokens.addressable_shards[0].data.shape == (rows, columns)
+    arguments = (*tree.split(p, mask), b)
     with jax.set_mesh(mesh):
-        loss, grads = value_and_grad(c, *tree.split(p, mask), b)
-    np.testing.assert_allclose(loss, single(method)[0], rtol=1e-5)
-    assert_trees_close(grads, single(method)[1])
+        step = compiled(make_loss(method), *arguments)
+        loss, grads = step(*arguments)
+    expected = made(method, loss=True)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    assert_trees_close(grads, expected[1])
+    if "qlora" in method and mesh.shape["fsdp"] > 1:
+        assert_codes_travel(step.as_text())
+
+
+def assert_codes_travel(text):
+    """Kernels are gathered within the loop over layers, one layer at a time, and as bytes."""
+    gathers = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text[: text.index("\nENTRY")])
+    sizes = [(kind, math.prod(map(int, shape.split(",")))) for kind, shape in gathers]
+    codes = 64 * 64  # of the smallest kernel, k's: half of its 128 inputs, of 64 outputs a byte each
+    assert {size for kind, size in sizes if kind == "u8"} >= {codes}
+    assert all(size < codes for kind, size in sizes if kind != "u8"), sizes
 
 
 PLACES = {
@@ -160,6 +194,11 @@ def test_rows_of_tokens_are_whole_over_the_vocabulary():
     [
         ({"fsdp": 8}, {"width": 20}, r"embed/embedding \(64, 20\): 20 does not divide over 8 devices; use --config.mesh.fsdp=4"),
         ({"tensor": 4}, {"mlp_width": 42}, r"layers/mlp/down/kernel \(2, 42, 24\): 42 does not .* --config.mesh.tensor=2"),
+        (
+            {"expert": 4},
+            {"experts": Experts(6, 2, 16)},
+            r"layers/mlp/experts/down/kernel \(2, 6, 16, 24\): 6 does not .* --config.mesh.expert=2",
+        ),
     ],
 )
 def test_a_shape_that_does_not_divide_is_named_with_its_axis(axes, changes, message):
@@ -172,6 +211,9 @@ def test_heads_that_do_not_divide_are_named():
     c = config(layers=1, kv_heads=2)  # 2 x 8 columns divide over 4 devices, 2 heads do not
     with jax.set_mesh(sharding.make_mesh(data=2, tensor=4)), pytest.raises(UserError, match=r"2 key-value heads.*mesh\.tensor=2"):
         forward(Decoder(c))(params(c), BATCH)
+    b = batch(ROWS, 24)
+    with jax.set_mesh(sharding.make_mesh(data=1, sequence=8)), pytest.raises(UserError, match=r"4 heads .*mesh\.sequence=4"):
+        jax.eval_shape(forward(Decoder(c)), params(c), b)
 
 
 def test_every_leaf_of_a_low_rank_part_is_checked():
@@ -181,13 +223,14 @@ def test_every_leaf_of_a_low_rank_part_is_checked():
 
 
 def test_the_mesh_takes_the_rest_or_says_what_is_wrong():
-    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert dict(sharding.make_mesh(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    ones = {"data": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 1}
+    assert dict(sharding.make_mesh().shape) == ones | {"data": 8}
+    assert dict(sharding.make_mesh(data=2, sequence=-1, tensor=2).shape) == ones | {"data": 2, "sequence": 2, "tensor": 2}
     assert sharding.make_mesh(data=1).size == 1  # one device, however many there are
     with pytest.raises(UserError, match="only one axis may be -1, not data and fsdp"):
         sharding.make_mesh(data=-1, fsdp=-1)
-    with pytest.raises(UserError, match="data=3 x fsdp=1 x tensor=1 does not make the 8 devices"):
-        sharding.make_mesh(data=3)
+    with pytest.raises(UserError, match="data=3 x expert=2 does not make the 8 devices"):
+        sharding.make_mesh(data=3, expert=2)
     with pytest.raises(UserError, match="does not make the 8 devices"):
         sharding.make_mesh(data=-1, fsdp=3)
 
@@ -195,3 +238,69 @@ def test_the_mesh_takes_the_rest_or_says_what_is_wrong():
 def test_a_leaf_without_a_rule_is_an_error():
     with pytest.raises(KeyError, match="no sharding rule for layers/mlp/gatekernel"):
         sharding.logical_axes("layers/mlp/gatekernel", 3)
+
+
+LONG = config(layers=1, heads=4, kv_heads=2, windows=(500,))
+
+
+def test_a_long_row_over_devices_equals_it_on_one_and_no_device_has_its_square():
+    """A window, segments that lie across devices, keys that do not divide over them."""
+    T = 2048
+    p, b = params(LONG), batch([[700, 900, 400], [2048]], T)
+    loss = masked_xent(forward(Decoder(LONG)))
+    expected = compiled(loss, p, None, b)(p, None, b)
+    mesh = sharding.make_mesh(data=2, sequence=4)
+    placed = jax.tree.map(jax.device_put, p, sharding.shardings(p, mesh)), None, jax.device_put(b, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        step = compiled(loss, *placed)
+    got = step(*placed)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    assert_trees_close(got[1], expected[1])
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"(?:f32|pred|s32)\[([\d,]+)\]", step.as_text())]
+    assert 0 < max(sizes) <= LONG.heads // 4 * T * T // 4  # one chunk of queries against all keys, of a device's one head
+
+
+def share_of_experts(mesh, choices):
+    """Loss and gradients of a mixture alone, whose tokens have chosen already."""
+    c = replace(CONFIG, experts=Experts(4, 2, 16))
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.standard_normal((8, 20, n)), jnp.float32) for n in (c.width, 2))
+    kernels = tuple(params(c)["layers"]["mlp"]["experts"][name]["kernel"][0] for name in ("gate", "up", "down"))
+
+    def loss(x, weights, kernels):
+        return jnp.square(moe._sharded(c, x, choices, weights, kernels, None)).sum()
+
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, weights, kernels)
+
+
+@pytest.mark.parametrize("popular", [(0, 1), (3, 0), None], ids=["of one device", "of two", "even"])
+def test_no_token_is_lost_however_uneven_the_routing(popular):
+    """All tokens to the experts of one device: four turns there and none elsewhere."""
+    choices = np.random.default_rng(1).permuted(np.tile(np.arange(4), (8, 20, 1)), axis=-1)[..., :2]
+    choices = jnp.asarray(choices if popular is None else np.broadcast_to(popular, choices.shape), jnp.int32)
+    got = share_of_experts(sharding.make_mesh(data=4, expert=2), choices)
+    expected = share_of_experts(sharding.make_mesh(data=1), choices)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    assert_trees_close(got[1], expected[1])
+
+
+def test_a_device_computes_its_experts_share():
+    """FLOPs of all devices together, of one turn: a quarter is spare, and every other block of rows may be part empty."""
+    c = config(layers=1, experts=Experts(8, 2, 128))
+    p, b = jax.eval_shape(lambda: params(c)), batch([[512]] * 8, 512)
+    work = {}
+    for experts in (1, 8):
+        mesh = sharding.make_mesh(data=8 // experts, expert=experts)
+        with jax.set_mesh(mesh):
+            work[experts] = flops.count(lambda p, b: forward(Decoder(c))(p, b).hidden, p, b).flops
+    assert 0.9 * work[1] < work[8] < 1.4 * work[1]
+
+
+def test_rows_that_do_not_divide_are_named():
+    c = default()
+    with pytest.raises(UserError, match=r"mesh.sequence=3 does not divide 128, .* use --config.mesh.sequence=1"):
+        check_batch(c, AbstractMesh((1, 1, 1, 3, 1), sharding.MESH))
+    c.data.max_length = 1001
+    with pytest.raises(UserError, match=r"data.max_length=1001 does not .*mesh.sequence=8; use --config.data.max_length=1000"):
+        check_batch(c, AbstractMesh((1, 1, 1, 8, 1), sharding.MESH))

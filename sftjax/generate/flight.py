@@ -318,4 +318,4 @@ def _seen(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> np.ndarray:
 
 def batch_shards() -> int:
     mesh = sharding.mesh_in_use()
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else sharding.batch_shards(mesh)

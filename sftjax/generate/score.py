@@ -20,7 +20,7 @@ from jax import Array
 from sftjax.data.batch import Batch
 from sftjax.generate.sampling import greedy
 from sftjax.generate.shapes import between, power
-from sftjax.losses.tokens import blocks
+from sftjax.losses.tokens import blocks, joined
 from sftjax.models.decoder import Decoder, forward
 from sftjax.weights import kinds
 
@@ -70,5 +70,4 @@ def logps_and_greedy(hidden: Array, head: kinds.Weight, targets: Array) -> tuple
         return logps, greedy(logits) == t
 
     out = jax.lax.map(block, blocks(head.shape[-1], hidden, targets))  # [n, B, t]
-    whole = [jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, : targets.shape[1]] for x in out]
-    return whole[0], whole[1]
+    return joined(out[0], targets.shape[1]), joined(out[1], targets.shape[1])

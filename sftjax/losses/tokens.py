@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sftjax import sharding
 from sftjax.data.batch import Batch
 from sftjax.models.decoder import Output
 from sftjax.models.moe import Routed
@@ -78,22 +79,35 @@ def logprobs(hidden: Array, head: kinds.Weight, targets: Array) -> Array:
         logits = kinds.matmul(h, head).astype(jnp.float32)
         return jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
-    out = jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets))  # [n, B, t]
-    return jnp.moveaxis(out, 0, 1).reshape(*targets.shape[:1], -1)[:, : targets.shape[1]]
+    return joined(jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets)), targets.shape[1])
 
 
 def blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
-    """Each [B, T, ...] as [n, B, t, ...]: along T, so that a sharded batch stays where it is. Padded with zeros."""
+    """Each [B, T, ...] as [n, B, t, ...]: along T, so that a sharded batch stays where it is. Padded with zeros.
+
+    Of rows that are split over devices each block has a piece of every part, so that all devices work at all blocks.
+    """
     B, T = arrays[0].shape[:2]
-    t = max(1, min(T, BLOCK // (B * vocab)))
+    parts = sharding.columns(T)
+    T //= parts  # of one part
+    t = max(1, min(T, BLOCK // (B * vocab * parts)))
     n = -(-T // t)
     t = -(-T // n)
 
     def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
+        rest = x.shape[2:]
+        x = jnp.pad(x.reshape(B, parts, T, *rest), [(0, 0), (0, 0), (0, n * t - T)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(x.reshape(B, parts, n, t, *rest), 2, 0).reshape(n, B, parts * t, *rest)
 
     return tuple(cut(x) for x in arrays)
+
+
+def joined(x: Array, T: int) -> Array:
+    """[B, T, ...] of what `blocks` has cut into [n, B, t, ...]."""
+    n, B, t, *rest = x.shape
+    parts = sharding.columns(T)
+    x = jnp.moveaxis(x.reshape(n, B, parts, t // parts, *rest), 0, 2).reshape(B, parts, -1, *rest)
+    return x[:, :, : T // parts].reshape(B, T, *rest)
 
 
 def _block_sums(
@@ -147,7 +161,7 @@ def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained])
     (loss, nll, grads), dh = jax.lax.scan(block, start, blocks(head.shape[-1], hidden, targets, weights))
-    dhidden = jnp.moveaxis(dh, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[-1])[:, : hidden.shape[1]]
+    dhidden = joined(dh, hidden.shape[1])
     dhead: list[Any] = [None] * len(leaves)
     for i, g in zip(trained, grads):
         dhead[i] = g.astype(leaves[i].dtype)

@@ -5,7 +5,8 @@
 A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). On a TPU `models.splash` does
 all this. Elsewhere queries go in chunks, which see only the keys before their own end (and within the window), so causality
 halves the work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
-(arXiv:2205.14135, algorithm 4). Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
+(arXiv:2205.14135, algorithm 4). Where a mesh splits rows, `_whole_rows` brings their
+parts together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
 """
 
 from __future__ import annotations
@@ -50,16 +51,47 @@ def attention(
     mesh = sharding.mesh_in_use()
     if mesh is None:
         return fn(q, k, v, segments, which)
-    if k.shape[2] % mesh.shape[sharding.HEADS]:  # the kernels' columns may divide where heads do not
+    tensor, columns = mesh.shape[sharding.HEADS], sharding.columns(q.shape[1])
+    if k.shape[2] % tensor:  # the kernels' columns may divide where heads do not
         raise UserError(
-            f"mesh.tensor={mesh.shape[sharding.HEADS]} does not divide the model's {k.shape[2]} key-value heads; "
-            f"use --config.mesh.tensor={math.gcd(k.shape[2], mesh.shape[sharding.HEADS])}"
+            f"mesh.tensor={tensor} does not divide the model's {k.shape[2]} key-value heads; "
+            f"use --config.mesh.tensor={math.gcd(k.shape[2], tensor)}"
+        )
+    if (heads := q.shape[2] // tensor) % columns:
+        raise UserError(
+            f"mesh.sequence={columns} does not divide the {heads} heads that the model has by mesh.tensor={tensor}; "
+            f"use --config.mesh.sequence={math.gcd(heads, columns)}"
         )
     # each device loops over its own rows and heads: a loop over a sharded axis would gather it
-    heads = P(sharding.BATCH, None, sharding.HEADS, None)
-    return jax.shard_map(
-        fn, mesh=mesh, in_specs=(heads, heads, heads, P(sharding.BATCH, None), P()), out_specs=heads, check_vma=False
-    )(q, k, v, segments, which)
+    tokens = P(sharding.BATCH, sharding.along(q.shape[1]))
+    each = P(*tokens, sharding.HEADS, None)
+    local = fn if columns == 1 else partial(_whole_rows, fn, columns)
+    return jax.shard_map(local, mesh=mesh, in_specs=(each, each, each, tokens, P()), out_specs=each, check_vma=False)(
+        q, k, v, segments, which
+    )
+
+
+def _whole_rows(fn: Callable[..., Array], columns: int, q: Array, k: Array, v: Array, segments: Array, which: Array) -> Array:
+    """Attention of rows whose T positions lie on n devices, T/n on each: the devices exchange positions for heads.
+
+        q [B, T/n, N, H]  ->  [B, T, N/n, H]  ->  fn, as on one device  ->  [B, T, N/n, H]  ->  [B, T/n, N, H]
+
+    DeepSpeed-Ulysses, arXiv:2309.14509. So every kernel of attention serves as it is, with its segments and windows, all
+    devices have the same share of the causal triangle, and what each holds falls with n. N must divide; K heads of keys and
+    values that do not are gathered, and a device takes those of its own queries.
+    """
+    N, K = q.shape[2], k.shape[2]
+    swap = partial(jax.lax.all_to_all, axis_name=sharding.SEQUENCE, tiled=True)
+    q = swap(q, split_axis=2, concat_axis=1)
+    if K % columns == 0:
+        k, v = (swap(x, split_axis=2, concat_axis=1) for x in (k, v))
+    else:
+        own = math.gcd(N // columns, N // K)  # queries that are sure to share a head of keys
+        queries = jax.lax.axis_index(sharding.SEQUENCE) * (N // columns) + jnp.arange(0, N // columns, own)
+        whole = partial(jax.lax.all_gather, axis_name=sharding.SEQUENCE, axis=1, tiled=True)
+        k, v = (whole(x)[:, :, queries * K // N] for x in (k, v))
+    segments = jax.lax.all_gather(segments, sharding.SEQUENCE, axis=1, tiled=True)
+    return swap(fn(q, k, v, segments, which), split_axis=1, concat_axis=2)
 
 
 def cached_attention(

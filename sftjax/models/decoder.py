@@ -144,7 +144,8 @@ class Block(nn.Module):
         def add(x: Array, name: str, y: Array) -> Array:
             if c.post_norms:
                 y = RMSNorm(c.norm_eps, c.norm_offset, name=name)(y)
-            return sharding.constrain(x + scaled(y, c.residual_scale), sharding.BATCH, None, None)
+            along = sharding.along(x.shape[1]) if cache is None else None
+            return sharding.constrain(x + scaled(y, c.residual_scale), sharding.BATCH, along, None)
 
         y = before("attn_norm", x)
         y, cache = Attention(c, name="attn")(y, rotary, segments, positions, per_layer, cache)
@@ -182,7 +183,8 @@ class Decoder(nn.Module):
         c = self.config
         x = Embed(c.vocab, c.width, self.dtype, c.init_std, name="embed")(tokens)
         x *= jnp.asarray(c.embed_scale, x.dtype)  # rounded first, as in the checkpoints that have one
-        x = sharding.constrain(on_embed(x) if on_embed else x, sharding.BATCH, None, None)
+        along = sharding.along(x.shape[1]) if cache is None else None
+        x = sharding.constrain(on_embed(x) if on_embed else x, sharding.BATCH, along, None)
         rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r, lengths) for r in distinct(c.ropes) or (c.rope,)]
         per_layer = PerLayer(jnp.arange(c.layers), which(c.windows), which(c.ropes))
         stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from sftjax import sharding
 from sftjax.models.config import DecoderConfig, Rope
 from sftjax.weights import kinds
 
@@ -31,7 +32,10 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = parameter(self, "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
-        y = kinds.matmul(x, kernel, self.make_rng("dropout") if self.has_rng("dropout") else None)
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        split = sharding.mesh_in_use() is not None
+        axes = sharding.logical_axes("/".join((*self.path, "kernel")), 2) if split else None
+        y = kinds.matmul(x, kernel, key, axes=axes)
         if self.bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return checkpoint_name(y, "product")

@@ -4,11 +4,24 @@
 
 arXiv:2101.03961, 2401.04088. Every token reaches all its experts, whatever the others chose: there is no capacity. Letters:
 M tokens, E experts, k of them active, R rows sorted by expert (`weights.grouped`).
+
+Over a mesh each device routes its own tokens. Where `expert` splits the experts over n devices, each gathers the tokens of all
+n, computes what its own experts make of them, and the n parts are added and dealt out again:
+
+    all-gather x [M, D] -> [n M, D];  y = own experts' share of sum over k p_e * MLP_e(x) [n M, D];  reduce-scatter -> [M, D]
+
+An all-to-all would move k / n of that, but to a device that may be sent nothing or everything: with static shapes and no token
+dropped each would hold room for all. Here the choices that fall to a device come in turns of R = 1.25 k M rows, an even
+device's share and a quarter, as many turns as there are: one when routing is near even, n at the very most. So memory and FLOPs
+of a device are those of its share, and what is uneven costs time, never a token.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +35,9 @@ from sftjax import sharding
 from sftjax.models.config import DecoderConfig
 from sftjax.models.layers import ACTIVATIONS, MLP, Dense, parameter
 from sftjax.weights import kinds
-from sftjax.weights.grouped import collect, group, spread
+from sftjax.weights.grouped import Groups, collect, group, group_turn, ranked, spread
+
+SPARE = 1.25  # rows of a turn over those of a device whose experts are as popular as others'
 
 
 class Routed(NamedTuple):
@@ -84,31 +99,102 @@ class Mixture(nn.Module):
 
 
 def _sharded(c: DecoderConfig, x: Array, choices: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
-    """Each device gives its own tokens to all experts; the axis that splits heads elsewhere splits the tokens here."""
+    """Each device brings its own tokens; the axes that split rows or heads elsewhere split the rows' tokens here."""
     mesh = sharding.mesh_in_use()
     if mesh is None:
         return _experts(c, x, choices, weights, kernels, keys)
-    tokens = P(sharding.BATCH, sharding.HEADS if x.shape[1] % mesh.shape[sharding.HEADS] == 0 else None, None)
+    split: tuple[str, ...] = ()
+    for axis in (sharding.SEQUENCE, sharding.HEADS):
+        if x.shape[1] % math.prod(mesh.shape[a] for a in (*split, axis)) == 0:
+            split += (axis,)
+    tokens, shards = P(sharding.BATCH, split or None, None), mesh.shape[sharding.EXPERT]
+    held = tuple(  # whole but for the experts: what is quantised travels as its codes
+        sharding.parts(w, ("expert", None, None), lambda axes: P(*map(sharding.RULES.get, axes))) for w in kernels
+    )
 
-    def local(*args: Any) -> Array:
-        return _experts(c, *args)
+    def local(x: Array, choices: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
+        if shards == 1:
+            return _experts(c, x, choices, weights, kernels, keys)
+        gather = partial(jax.lax.all_gather, axis_name=sharding.EXPERT, axis=0, tiled=True)
+        y = _share(c, shards, gather(x), gather(weights), gather(choices), kernels, keys)
+        return jax.lax.psum_scatter(y, sharding.EXPERT, scatter_dimension=0, tiled=True)
 
-    whole = P()
-    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, whole, whole), out_specs=tokens, check_vma=False)(
+    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, held, P()), out_specs=tokens, check_vma=False)(
         x, choices, weights, kernels, keys
     )
 
 
 def _experts(c: DecoderConfig, x: Array, choices: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
     """x [B, T, D], choices and weights [B, T, k]."""
+    assert c.experts
+    return _mixed(c, x, weights, group(choices.reshape(-1), c.experts.number), kernels, keys)
+
+
+def _mixed(c: DecoderConfig, x: Array, weights: Array, groups: Groups, kernels: Any, keys: Array | None) -> Array:
+    """Of the choices that have a place among the groups' rows, their weighted sum by token."""
     e = c.experts
     assert e
     gate, up, down = kernels
     for_gate, for_up, for_down = (None,) * 3 if keys is None else keys
-    groups = group(choices.reshape(-1), e.number)
     rows = spread(e.active, x.reshape(-1, c.width), groups)
     gated = checkpoint_name(kinds.matmul(rows, gate, for_gate, groups), "product")
     rows, gated = jax.lax.optimization_barrier((rows, gated))  # where kernels are dequantised, one of the two at a time
     inner = ACTIVATIONS[c.activation](gated) * checkpoint_name(kinds.matmul(rows, up, for_up, groups), "product")
     y = collect(checkpoint_name(kinds.matmul(inner, down, for_down, groups), "product"), groups)
-    return (y.reshape(*choices.shape, c.width) * weights[..., None]).sum(2)
+    return (y.reshape(*weights.shape, c.width) * weights[..., None]).sum(2)
+
+
+def _turns(c: DecoderConfig, shards: int, choices: Array) -> tuple[Array, Callable[..., Array]]:
+    """(how many turns, turn i of them) of the choices [B, T, k] that fall to this device's experts."""
+    assert c.experts
+    experts = c.experts.number // shards
+    first = jax.lax.axis_index(sharding.EXPERT) * experts
+    flat = choices.reshape(-1)
+    rows = min(flat.size, math.ceil(SPARE * flat.size / shards))
+    ranks = ranked(flat, first, experts)
+
+    def turn(i: Array, x: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
+        groups = group_turn(flat, first, experts, ranks, i, rows)
+        return _mixed(c, x, weights, groups, kernels, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+
+    return -(-ranks[0] // rows), turn
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _share(c: DecoderConfig, shards: int, x: Array, weights: Array, choices: Array, kernels: Any, keys: Array | None) -> Array:
+    """What this device's experts add to the tokens, [B, T, D]. Backward each turn is computed again: their number is data's."""
+    number, turn = _turns(c, shards, choices)
+    return jax.lax.fori_loop(0, number, lambda i, y: y + turn(i, x, weights, kernels, keys), jnp.zeros_like(x))
+
+
+def _share_fwd(c, shards, x, weights, choices, kernels, keys):
+    trained = [() if leaf.perturbed else None for leaf in jax.tree.leaves(kernels)]  # told by structure: no array is a bool
+    values = jax.tree.map(lambda leaf: leaf.value, (x, weights, choices, kernels, keys))
+    return _share(c, shards, *values), (*values, trained)
+
+
+def _share_bwd(c, shards, residuals, dy):
+    x, weights, choices, kernels, keys, trained = residuals
+    number, turn = _turns(c, shards, choices)
+    leaves, structure = jax.tree.flatten(kernels)
+    those = [i for i, flag in enumerate(trained) if flag is not None]  # a frozen kernel gets no gradient
+
+    def add(i, sums):
+        def of(x, weights, parts):
+            whole = list(leaves)
+            for at, part in zip(those, parts):
+                whole[at] = part
+            return turn(i, x, weights, jax.tree.unflatten(structure, whole), keys)
+
+        _, pull = jax.vjp(of, x, weights, [leaves[at] for at in those])
+        return jax.tree.map(lambda s, d: s + d.astype(s.dtype), sums, pull(dy))
+
+    zeros = jnp.zeros_like(x), jnp.zeros_like(weights), [jnp.zeros(leaves[at].shape, jnp.float32) for at in those]
+    dx, dweights, dparts = jax.lax.fori_loop(0, number, add, zeros)
+    dleaves: list[Any] = [None] * len(leaves)
+    for at, d in zip(those, dparts):
+        dleaves[at] = d.astype(leaves[at].dtype)
+    return dx, dweights, None, jax.tree.unflatten(structure, dleaves) if those else None, None
+
+
+_share.defvjp(_share_fwd, _share_bwd, symbolic_zeros=True)

@@ -117,6 +117,10 @@ class Estimator:
         """Rows at a time on one chip, as the config says."""
         return self.job.rows / self.job.micro_batches / self.shards
 
+    def tokens(self, rows: float | None = None) -> float:
+        """Tokens at a time on one chip."""
+        return (rows or self.rows) * self.job.length / self.sizes["sequence"]
+
     def kept(self, remat: str) -> Kept:
         if remat not in self.policies:
             self.policies[remat] = kept(self.job, remat)
@@ -126,13 +130,14 @@ class Estimator:
         job, c = self.job, self.job.decoder.config
         rows, remat = rows or self.rows, remat or job.decoder.remat
         accumulate = job.micro_batches > 1 if accumulate is None else accumulate
-        tokens, tensor = rows * job.length, self.sizes["tensor"]
+        tokens, tensor = self.tokens(rows), self.sizes["tensor"]
         keeps, whole = self.kept(remat).bytes(tokens, tensor), self.kept("none").bytes(tokens, tensor)
         width = jnp.dtype(job.decoder.dtype).itemsize
         hidden = 3 * tokens * c.width * width  # after the last layer: itself, normed, its gradient
         layer = ALIVE * max(whole - keeps, 0) / (c.layers - job.decoder.lower) + 2 * tokens * c.width * width + self.wide
-        block = max(BLOCK, self.job.rows / job.micro_batches * c.vocab) / self.shards / tensor
-        logits = LOGITS * 4 * min(block, rows * job.length * c.vocab)
+        columns = self.sizes["sequence"]
+        block = max(BLOCK, self.job.rows / job.micro_batches * columns * c.vocab) / self.shards / tensor / columns
+        logits = LOGITS * 4 * min(block, tokens * c.vocab)
         parts = {**self.parameters, "optimiser": self.optimiser}
         parts["gradients"] = self.trained * (2 if accumulate else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps
@@ -163,5 +168,6 @@ def wide_kernel(job: Dry, sizes: Mapping[str, int]) -> float:
             while hasattr(base, "base"):
                 base = base.base
             if isinstance(base, Quantised) or sizes["fsdp"] > 1 or base.dtype.itemsize != width:
-                widest = max(widest, math.prod(base.shape[1:]) * width / sizes["tensor"])
+                shards = sizes["tensor"] * (sizes["expert"] if "/experts/" in path else 1)
+                widest = max(widest, math.prod(base.shape[1:]) * width / shards)
     return 2 * widest

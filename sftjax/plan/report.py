@@ -146,7 +146,7 @@ def memory(on: Estimator, where: Topology, say: Say) -> dict[str, Any]:
     if abs(m.peak / has - 1) < WITHIN:
         ask = "; --exact asks the compiler" if where.chip.torus else ""
         say(f"  that is close: the estimate may be {100 * WITHIN:.0f} % off{ask}")
-    tokens = on.rows * on.job.length
+    tokens = on.tokens()
     kept = {name: on.kept(name).bytes(tokens, on.sizes["tensor"]) for name in POLICIES}
     peaks = {name: on.at(remat=name).peak for name in POLICIES}
     each = [f"{name}{' (this)' * (name == remat)} {kept[name] / of:.2f}, peak {peaks[name] / of:.2f}" for name in POLICIES]

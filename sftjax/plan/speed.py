@@ -7,6 +7,7 @@ FLOPs and bytes are counted from the step's jaxpr (`flops.py`). arXiv:1603.06934
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,20 +54,25 @@ def exchanged(on: Estimator) -> float:
     """Bytes that one chip takes in a step.
 
     fsdp     every micro-batch gathers all weights twice (forward, backward) and scatters the sums of the gradients
-    data     the gradients are summed once more, in a ring: 2 (n - 1) / n of them
+    data     the gradients are summed once more, in a ring: 2 (n - 1) / n of them; so they are over sequence and expert
     tensor   the residual stream is summed after attention and after the MLP, forward and backward
+    sequence queries, keys, values and outputs change places, forward and backward
+    expert   a mixture's tokens are gathered and its sums scattered, forward and backward, of all n devices
     """
-    job, sizes = on.job, on.sizes
+    job, sizes, c = on.job, on.sizes, on.job.decoder.config
 
-    def others(axis: str) -> float:
-        return (sizes[axis] - 1) / sizes[axis]
+    def others(*axes: str) -> float:
+        n = math.prod(sizes[axis] for axis in axes)
+        return (n - 1) / n
 
     width = jnp.dtype(job.decoder.dtype).itemsize
     weights = (on.frozen + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
     total = job.micro_batches * others("fsdp") * (2 * weights + on.trained * sizes["fsdp"])
-    total += 2 * others("data") * on.trained
-    stream = on.rows * job.micro_batches * job.length * job.decoder.config.width * width
-    return total + 2 * others("tensor") * 4 * job.decoder.config.layers * stream
+    total += 2 * others("data", "sequence", "expert") * on.trained
+    values = on.tokens() * job.micro_batches * c.layers * width  # bytes of one number a token in all layers
+    total += 2 * others("tensor") * 4 * values * c.width
+    total += 2 * others("sequence") * values * 2 * (c.heads + c.kv_heads) * c.head_dim / sizes["tensor"]
+    return total + (4 * (sizes["expert"] - 1) * values * c.width if c.experts else 0)
 
 
 def sizes_text(sizes: Mapping[str, int]) -> str:

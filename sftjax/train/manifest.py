@@ -44,6 +44,8 @@ FREE = {
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.sequence",
+    "mesh.expert",
     "model.scan",
     "model.remat",
     "train.log_every",

@@ -26,7 +26,7 @@ class Groups(NamedTuple):
     expert: Array  # [R / m]: whose each block is
     sizes: Array  # [E]: rows of each expert, whole blocks
     source: Array  # [R]: the choice that stands in a row, n where none does
-    place: Array  # [n]: the row of each choice
+    place: Array  # [n]: the row of each choice, R where it has none
 
     @property
     def experts(self) -> Array:
@@ -53,6 +53,31 @@ def group(choices: Array, experts: int) -> Groups:
     return Groups(expert, jnp.bincount(expert, length=experts) * m, source, place)
 
 
+def ranked(choices: Array, first: Array, experts: int) -> tuple[Array, Array, Array]:
+    """Of choices [n] those of the `experts` from `first` on: (their number, all choices in order with these first, by expert,
+    and the place of each in that order)."""
+    own = choices - first
+    own = jnp.where((own >= 0) & (own < experts), own, experts)
+    order = jnp.argsort(own, stable=True)
+    return (own < experts).sum(), order, jnp.argsort(order, stable=True)
+
+
+def group_turn(choices: Array, first: Array, experts: int, ranks: tuple[Array, Array, Array], turn: Array, rows: int) -> Groups:
+    """As `group`, of no more than `rows` of the choices that `ranked` has put first: those of turn 0, 1, ... The others have
+    no place."""
+    number, order, rank = ranks
+    n = order.shape[0]
+    at = turn * rows + jnp.arange(rows)
+    ids = jnp.where(at < number, order[jnp.minimum(at, n - 1)], n)  # [rows]
+    of_none = experts - 1  # rows of no one stand last
+    inner = group(jnp.where(ids < n, choices[jnp.minimum(ids, n - 1)] - first, of_none), experts)
+    source = ids.at[inner.source].get(mode="fill", fill_value=n)
+    here = rank - turn * rows
+    taken = (here >= 0) & (here < rows) & (rank < number)
+    place = jnp.where(taken, inner.place[jnp.clip(here, 0, rows - 1)], inner.source.shape[0])
+    return Groups(inner.expert, inner.sizes, source, place)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def spread(active: int, x: Array, groups: Groups) -> Array:
     """Tokens [M, D] to their rows [R, D], each to `active` of them; rows of no one are zero."""
@@ -60,7 +85,7 @@ def spread(active: int, x: Array, groups: Groups) -> Array:
 
 
 def _spread_bwd(active, groups, dy):
-    return dy[groups.place].reshape(-1, active, dy.shape[-1]).sum(1), None
+    return collect(dy, groups).reshape(-1, active, dy.shape[-1]).sum(1), None
 
 
 # either one's gradient is the other's gather: a scatter would go row by row
@@ -69,8 +94,8 @@ spread.defvjp(lambda active, x, groups: (spread(active, x, groups), groups), _sp
 
 @jax.custom_vjp
 def collect(y: Array, groups: Groups) -> Array:
-    """Rows [R, D] to the choices they were made for, [n, D]."""
-    return y[groups.place]
+    """Rows [R, D] to the choices they were made for, [n, D]; a choice without a row has zeros."""
+    return y.at[groups.place].get(mode="fill", fill_value=0)
 
 
 def _collect_bwd(groups, dz):

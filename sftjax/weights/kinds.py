@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sftjax import sharding
 from sftjax.config import UserError
 from sftjax.weights import grouped
 from sftjax.weights.grouped import Groups
@@ -136,10 +137,11 @@ class Capped(Kind):
     trains: ClassVar = ("base",)
 
 
-def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None = None) -> Array:
+def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None = None, axes: Axes | None = None) -> Array:
     """x [..., in] @ w [in, out] -> [..., out] in x's dtype. `key` turns on the dropout that the weight asks for.
 
-    With groups, x [R, in] are rows sorted by expert and w [E, in, out] has a matrix for each.
+    With groups, x [R, in] are rows sorted by expert and w [E, in, out] has a matrix for each. `axes` are the kernel's logical
+    ones: a mesh that splits a quantised kernel gathers it by its codes.
     """
     times = partial(matmul, groups=groups)
 
@@ -150,17 +152,17 @@ def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None 
         case LowRank(dropout=rate) if rate and key is not None:
             kept = jax.random.bernoulli(key, 1 - rate, x.shape)
             dropped = jnp.where(kept, x / (1 - rate), 0)
-            return times(x, w.base) + w.scale * times(times(dropped, w.a), w.b)
+            return times(x, w.base, axes=axes) + w.scale * times(times(dropped, w.a), w.b)
         case LowRank() if groups is None and _wins_dense(x, w):
-            return _low_rank_matmul(w.scale, x, w.base, w.a, w.b)
+            return _low_rank_matmul(w.scale, axes, x, w.base, w.a, w.b)
         case LowRank():
             x, a, b = _together((x, w.a, w.b))
-            return times(x, w.base) + w.scale * times(times(x, a), b)
+            return times(x, w.base, axes=axes) + w.scale * times(times(x, a), b)
         case Dora():
             # float32: in bfloat16 a magnitude that moved by less than 0.4 % would not have moved
-            return (times(x, w.base, key).astype(jnp.float32) * of_rows(w.columns())).astype(x.dtype)
+            return (times(x, w.base, key, axes=axes).astype(jnp.float32) * of_rows(w.columns())).astype(x.dtype)
         case Adapter():
-            y = times(x, w.base, key)
+            y = times(x, w.base, key, axes=axes)
             inner = jax.nn.silu(times(y, w.down) + of_rows(w.down_bias).astype(x.dtype))
             return y + times(inner, w.up) + of_rows(w.up_bias).astype(x.dtype)
         case Tokens():
@@ -168,7 +170,7 @@ def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None 
         case Capped():
             return w.cap * jnp.tanh(matmul(x, w.base) / w.cap)
         case Quantised():
-            return _frozen_product(x, w, groups)
+            return _frozen_product(axes, x, w, groups)
         case _ if groups is not None:
             return grouped.product(x, w, groups)
         case _:
@@ -295,19 +297,20 @@ def _product_bwd(residuals, dy):
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-@jax.custom_vjp
-def _frozen_product(x: Array, w: Quantised, groups: Groups | None) -> Array:
-    """x @ w. Only the few bits are kept for the backward pass: it dequantises again, so no wide copy outlives its product."""
-    return _dequantised_product(x, w, groups)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen_product(axes: Axes | None, x: Array, w: Quantised, groups: Groups | None) -> Array:
+    """x @ w. Only the few bits are kept for the backward pass: it dequantises again, so no wide copy outlives its product.
+    Of them each device keeps its own, and gathers the others' again."""
+    return _dequantised_product(x, _whole(w, axes), groups)
 
 
-def _frozen_fwd(x, w, groups):
-    return _frozen_product(x, w, groups), (w, groups)
+def _frozen_fwd(axes, x, w, groups):
+    return _frozen_product(axes, x, w, groups), (w, groups)
 
 
-def _frozen_bwd(residuals, dy):
+def _frozen_bwd(axes, residuals, dy):
     w, groups = residuals
-    return _dequantised_product(dy, w, groups, transposed=True), None, None
+    return _dequantised_product(dy, _whole(w, axes), groups, transposed=True), None, None
 
 
 _frozen_product.defvjp(_frozen_fwd, _frozen_bwd)
@@ -327,28 +330,33 @@ def _dequantised_product(x: Array, w: Quantised, groups: Groups | None, transpos
     return grouped.by_block(x, groups, lambda expert: wide(jax.tree.map(lambda part: part[expert], w)))
 
 
+def _whole(w: Weight, axes: Axes | None) -> Weight:
+    """A quantised kernel that a mesh has split, whole: while it is its codes."""
+    return sharding.gathered(w, axes) if axes and isinstance(w, Quantised) else w
+
+
 def _after(x: Array, w: Weight) -> Weight:
     """`w`, there only once `x` is. Else a compiler that sees one expression twice, in unrolled layers or in a loop over
     micro-batches, makes every layer's wide copy first and keeps them all."""
     return jax.lax.optimization_barrier((x, w))[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_rank_matmul(scale: float, x: Array, base: Weight, a: Array, b: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _low_rank_matmul(scale: float, axes: Axes | None, x: Array, base: Weight, a: Array, b: Array) -> Array:
     """x @ (base + scale * a @ b). With many rows in x, adding the product to the base costs in * r * out once, where
     the two thin products cost rows * r * (in + out), forward and again backward. float32 only: in bfloat16 the sum
     would round the update away. The gradients are those of the two thin products; dW is never formed for a and b.
     """
-    return x @ dense(_after(x, LowRank(base, a, b, scale)), jnp.float32)
+    return x @ dense(_after(x, LowRank(_whole(base, axes), a, b, scale)), jnp.float32)
 
 
-def _low_rank_fwd(scale, x, base, a, b):
-    return _low_rank_matmul(scale, x, base, a, b), (x, base, a, b)
+def _low_rank_fwd(scale, axes, x, base, a, b):
+    return _low_rank_matmul(scale, axes, x, base, a, b), (x, base, a, b)
 
 
-def _low_rank_bwd(scale, residuals, dy):
+def _low_rank_bwd(scale, axes, residuals, dy):
     x, base, a, b = residuals
-    dx = dy @ dense(_after(dy, LowRank(base, a, b, scale)), jnp.float32).T
+    dx = dy @ dense(_after(dy, LowRank(_whole(base, axes), a, b, scale)), jnp.float32).T
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     da = scale * (x.T @ (dy @ b.T))
     db = scale * ((x @ a).T @ dy)
