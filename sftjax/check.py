@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from sftjax.config import NAMED_FREELY, UserError, default, flatten, parts, shares
 
 CHOICES = {
-    "task": ("sft", "pretrain", "classify", "reward", "dpo", "kto", "grpo"),
+    "task": ("sft", "pretrain", "classify", "reward", "dpo", "kto", "grpo", "ppo"),
     "classify.by": ("label", "head"),
     "reward.loss": ("bradley_terry", "plackett_luce"),
     "grpo.advantage": ("grpo", "rloo"),
     "grpo.scale_rewards": ("group", "batch", "none"),
     "grpo.loss_type": ("grpo", "dapo", "dr_grpo"),
+    "ppo.value": (None, "reward", "base"),
+    "ppo.kl_estimator": ("k1", "k2", "k3"),
     "dpo.nll_by": (None, "pair", "token", "sum"),
     "kto.loss": ("kto", "apo_zero_unpaired"),
     "model.dtype": (None, "float32", "bfloat16", "float16"),
@@ -32,7 +34,7 @@ CHOICES = {
     "data.loss_on": ("answers", "last_answer", "all"),
     "data.on_bad_row": ("error", "skip"),
     "data.on_overlong": ("drop", "truncate", "error"),
-    "optim.name": ("adamw", "adam", "sgd", "lion", "adafactor", "muon"),
+    "optim.name": ("adamw", "adamw_8bit", "adam", "sgd", "lion", "adafactor", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
 }
 
@@ -65,6 +67,14 @@ AT_LEAST = {
     "grpo.num_iterations": 1,
     "grpo.num_mini_batches": 1,
     "grpo.missing_eos_penalty": 0,
+    "ppo.max_completion_length": 1,
+    "ppo.num_ppo_epochs": 1,
+    "ppo.num_mini_batches": 1,
+    "ppo.missing_eos_penalty": 0,
+    "ppo.kl_coef": 0,
+    "ppo.vf_coef": 0,
+    "ppo.gamma": 0,
+    "ppo.lam": 0,
     "optim.lr": 0,
     "optim.eps": 0,
     "optim.weight_decay": 0,
@@ -87,10 +97,17 @@ AT_LEAST = {
     "eval.generate": 0,
     "eval.max_new_tokens": 1,
 }
-AT_MOST = {"dpo.ld_alpha": 1, "grpo.top_p": 1, "seed": 2**32 - 1, "optim.decay": 1, "optim.final_lr": 1}
+AT_MOST = {
+    **dict.fromkeys(("dpo.ld_alpha", "grpo.top_p", "ppo.top_p", "ppo.gamma", "ppo.lam", "optim.decay", "optim.final_lr"), 1),
+    "seed": 2**32 - 1,
+}
 ABOVE_0 = (
     *("lora.alpha", "lora.lr_ratio", "train.epochs", "dpo.beta", "dpo.alpha", "dpo.tau", "kto.beta"),
     *(f"grpo.{name}" for name in ("temperature", "top_p", "epsilon", "epsilon_high")),
+    *(
+        f"ppo.{name}"
+        for name in ("temperature", "top_p", "score_clip", "kl_target", "kl_horizon", "cliprange", "cliprange_value")
+    ),
 )
 SHARES = ("lora.dropout", "loss.label_smoothing", "dpo.label_smoothing", "optim.b1", "optim.b2")
 # what the values of the user's own names are to be, by their type
@@ -105,7 +122,7 @@ GENERATED = ("eval.generate", "eval.metrics", "train.generate_every")
 LORA, FREEZE, ADAPTER = (tuple(f"{method}.{name}" for name in default()[method]) for method in ("lora", "freeze", "adapter"))
 # the tasks that have keys of their own
 OF_TASKS = {t: tuple(f"{t}.{name}" for name in default()[t]) for t in CHOICES["task"] if t in default()}
-ROLLOUTS = ("grpo",)  # tasks that learn from what the model answers
+ROLLOUTS = ("grpo", "ppo")  # tasks that learn from what the model answers
 # keys, and the settings of others with which they would be accepted and ignored
 USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("model.adapter",), {"method": ("full", "freeze")}),
@@ -126,6 +143,8 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("data.label_prompt",), {"task": ("dpo", "kto", "reward")}),
     *((keys, {"task": tuple(t for t in CHOICES["task"] if t != task)}) for task, keys in OF_TASKS.items()),
     (("grpo.scale_rewards",), {"grpo.advantage": ("rloo",)}),
+    (("ppo.kl_horizon",), {"ppo.kl_target": (None,)}),
+    (("ppo.value",), {"method": ("freeze",)}),  # the value's frozen layers are the policy's
     (("classify.class_weights",), {"classify.by": ("label",)}),
     (
         ("loss.z_loss", "loss.router_balance", "data.template", "data.loss_on", *GENERATED),
@@ -207,7 +226,7 @@ def check_values(values: dict[str, Any]) -> None:
         refuse("classify.class_weights", "none, balanced, or a number above 0 for labels by name, e.g. {'spam': 3.0}")
     if not (isinstance(values["dpo.loss"], str) or (values["dpo.loss"] and named_weights(values["dpo.loss"]))):
         refuse("dpo.loss", "a name, or several with a number above 0 each, e.g. {'sigmoid': 1.0, 'bco_pair': 0.5}")
-    for key in ("grpo.rewards", "grpo.reward_weights"):
+    for key in ("grpo.rewards", "grpo.reward_weights", "ppo.rewards", "ppo.reward_weights"):
         if not isinstance(values[key], (str, int, float, tuple, list)):
             refuse(key, "a value or several, e.g. exact_match,length:20 with weights 1,0.5")
     if not shares(values["data.split"]):

@@ -30,7 +30,7 @@ def default() -> ConfigDict:
     `placeholder(type)` is None, which means "decide from the rest" as the comment beside it says, or a value of that type.
     """
     c = ConfigDict()
-    c.task = "sft"  # sft | pretrain | classify | reward | dpo | kto | grpo
+    c.task = "sft"  # sft | pretrain | classify | reward | dpo | kto | grpo | ppo
     c.seed = 0  # of everything random: init, order, dropout, noise, sampling
 
     c.model = ConfigDict()
@@ -149,8 +149,32 @@ def default() -> ConfigDict:
     c.grpo.missing_eos_penalty = 0.0  # taken from the reward of an answer that did not end by itself
     c.grpo.mask_truncated_completions = False  # such an answer is not learnt from: DAPO's overlong filtering
 
+    c.ppo = ConfigDict()  # task ppo, arXiv:1707.06347: a value is learnt beside the policy; the names are TRL's
+    c.ppo.rewards = anything(())  # as grpo's; model:DIR is read token by token, and an adapter over the policy's base shares it
+    c.ppo.reward_weights = anything(())  # a number for each of them; () = 1 for all
+    c.ppo.score_clip = placeholder(float)  # an answer's reward is held within -score_clip and score_clip; None = as it is
+    c.ppo.missing_eos_penalty = 0.0  # taken from the reward of an answer that did not end by itself
+    c.ppo.value = placeholder(str)  # it starts as the reward model (reward) or as the base (base); None = the first, where it can
+    c.ppo.max_completion_length = 256  # tokens of an answer; data.max_length holds it with its prompt
+    c.ppo.temperature = 1.0
+    c.ppo.top_p = 1.0
+    c.ppo.num_ppo_epochs = 4  # times that each answer is learnt from
+    c.ppo.num_mini_batches = 1  # parts into which a step's train.batch_size answers are cut, each with an update
+    c.ppo.kl_coef = 0.05  # of each token's distance from the reference, which its reward pays
+    c.ppo.kl_estimator = "k1"  # of that: k1 | k2 | k3, http://joschu.net/blog/kl-approx.html
+    c.ppo.kl_target = placeholder(float)  # nats an answer: kl_coef grows where it is more, else falls; None = it stays as it is
+    c.ppo.kl_horizon = 10_000.0  # answers in which it may change by a fifth, arXiv:1909.08593, section 2.2
+    c.ppo.cliprange = 0.2  # how far a ratio may go before it is clipped
+    c.ppo.cliprange_value = 0.2  # how far a value may go from what it was
+    c.ppo.vf_coef = 0.1  # of the value's loss beside the policy's
+    c.ppo.gamma = 1.0  # what a reward counts one token before it comes
+    c.ppo.lam = 0.95  # lambda of arXiv:1506.02438: 1 = returns less values, 0 = one step ahead
+    c.ppo.whiten_rewards = False
+    c.ppo.whiten_advantages = True
+
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw | adam | sgd | lion | adafactor | muon
+    c.optim.name = "adamw"  # adamw | adamw_8bit (arXiv:2110.02861) | adam | sgd | lion | adafactor | muon
+    c.optim.offload = False  # the moments lie in the host's memory between updates
     c.optim.lr = 2e-4
     c.optim.lr_width = placeholder(
         int

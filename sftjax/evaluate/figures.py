@@ -19,7 +19,7 @@ from sftjax.evaluate.heldout import Answer, Question
 from sftjax.evaluate.metrics import METRICS, Sums, row_scores, total
 
 # +1 where more is better, -1 where less is, 0 where neither
-BETTER = {"loss": -1, "perplexity": -1, "empty": -1, "repeated": -1, "overlong": -1, "mean_length": 0}
+BETTER = {"loss": -1, "perplexity": -1, "empty": -1, "repeated": -1, "overlong": -1, "mean_length": 0, "logps_rejected": 0}
 
 
 @dataclass(frozen=True)

@@ -69,15 +69,26 @@ def readable(messages: Sequence[Message]) -> str:
 
 
 def questions(chat: Chat, examples: Iterable[Example]) -> Iterator[Question]:
-    """Those of the examples that can be asked and have a text to compare the answer with, in order."""
+    """Those of the examples that can be asked and have a text to compare the answer with, in order.
+
+    A preference asks for its best answer, and where a prompt has several pairs it is asked once.
+    """
+    asked: set[tuple[int, ...]] = set()
     for example in examples:
+        preferred = example.answers is not None
+        if example.answers:
+            if example.answers[0].rank > 1:
+                continue  # its answers are not the best there are, or it is a bad one
+            example = next(example.alone())
         if example.text is not None:
             continue  # plain text asks nothing
         try:
             q = question(chat, example)
         except RowError:
             continue  # this template has no way to ask it
-        if q.expected is not None:
+        again = preferred and tuple(q.ids) in asked
+        asked.add(tuple(q.ids))
+        if q.expected is not None and not again:
             yield q
 
 

@@ -112,7 +112,7 @@ class Sums(NamedTuple):
     figure: Callable[[np.ndarray], np.ndarray]  # [..., k] -> [...]
 
 
-def mean(scores: Sequence[float]) -> Sums:
+def mean(scores: Sequence[float] | np.ndarray) -> Sums:
     """The mean of rows' scores."""
     return ratio(scores, np.ones(len(scores)))
 

@@ -21,11 +21,16 @@ NAMES = {
     "chrf": "chrF",
     "macro_f1": "macro-F1",
     "ece": "calibration error",
+    "preference_accuracy": "preference accuracy",
+    "logps_chosen": "log-prob, chosen",
+    "logps_rejected": "log-prob, rejected",
     "json_valid": "valid JSON",
     "stop_rate": "stop rate",
     "overlong": "over-length",
     "mean_length": "mean tokens",
 }
+# digits of figures that are told as they are; the others are shares, in hundredths
+DIGITS = {"loss": 3, "margin": 3, "perplexity": 2, "mean_length": 1, "logps_chosen": 1, "logps_rejected": 1}
 LOOKS = {"better": "green", "worse": "red"}
 SHOWN = 3  # changed rows each way
 
@@ -36,7 +41,7 @@ def name_of(figure: str) -> str:
 
 def number(figure: str, value: float, *, sign: bool = False) -> str:
     """1.235 of a loss, 3.44 of a perplexity, 12.3 of a length, 41.7 of a share of 0.417."""
-    digits, scale = {"loss": (3, 1), "margin": (3, 1), "perplexity": (2, 1), "mean_length": (1, 1)}.get(figure, (1, 100))
+    digits, scale = (DIGITS[figure], 1) if figure in DIGITS else (1, 100)
     text = f"{scale * value:,.{digits}f}"
     if figure == "perplexity" and abs(value) >= 1000:
         text = f"{value:.1e}" if abs(value) >= 1e5 else f"{value:,.0f}"

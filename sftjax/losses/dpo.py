@@ -13,7 +13,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +26,21 @@ from sftjax.losses.tokens import Forward, Loss, logprobs, shift
 from sftjax.models.decoder import Output
 
 Reference = Callable[[Any], Any] | str
+Each = Callable[..., tuple[Array, Array, dict[str, Array]]]
 
 
-class Referred(NamedTuple):
-    """A Batch that carries its reference: `reference` [B, T] float32, each token's log-prob as `token_logps` gives it."""
+def dpo(forward: Forward, **options: Any) -> Loss:
+    """`(params, batch, key) -> (sum over pairs, pairs, metrics)`: `each_pair`, whose options these are, summed."""
+    each = each_pair(forward, **options)
 
-    tokens: Any
-    weights: Any
-    segments: Any
-    positions: Any
-    reference: Any
+    def run(params: Any, batch: Any, key: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
+        losses, real, shown = each(params, batch, key)
+        return losses.sum(), real.sum().astype(jnp.float32), {name: x.sum() for name, x in shown.items()}
+
+    return run
 
 
-def dpo(
+def each_pair(
     forward: Forward,
     *,
     loss: str | Mapping[str, float] = "sigmoid",
@@ -48,21 +50,23 @@ def dpo(
     ld_alpha: float = 1.0,
     prompt_nll: bool = False,
     **options: Any,
-) -> Loss:
-    """`(params, batch, key) -> (sum over pairs, pairs, metrics)`, for every loss in `preference.LOSSES`.
+) -> Each:
+    """`(params, batch, key) -> (losses, which are real, metrics)`, [B, P] each, for every loss in `preference.LOSSES`.
+
+    The i-th pair of a row stands in column i; where there is none, all is 0.
 
     loss        its name, or {name: weight} for a sum of several: {"sigmoid": 1, "sft": 0.2}
     beta        how dear it is to leave the reference; None is the loss's own, 2 for simpo and 0.1 for the others
     reference   a function of the params: `weights.lora.without` for the model before its adapter, `itemgetter("reference")`
                 for another tree that is kept frozen among them (closed over, it would be a constant of the program);
-                or "batch": the batch is a Referred; or "none": all answers are equally likely. The losses sft, cpo,
+                or "batch": the batch is a data.batch.Referred; or "none": all answers are equally likely. The losses sft, cpo,
                 simpo and orpo have none.
     divergence  what holds the policy to the reference: reverse_kl, forward_kl, js or alpha
     ld_alpha    LD-DPO, arXiv:2409.06411: what a token counts beyond the length of the pair's shorter answer
     prompt_nll  a term of likelihood (sft, cpo, orpo) is about the prompt too
     options     of the loss, as its function in `losses.preference` names them
 
-    Metrics are sums over pairs: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen and
+    Metrics are rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen and
     logps/rejected. A reward is beta * log(pi / pi_ref), without a reference beta * log pi (per token for simpo and orpo).
     How a batch is cut into micro-batches changes nothing, but for what looks across pairs: aot, aot_unpaired, bco_pair with
     its shift, and nll_by="token". Raises UserError for an option that no loss named here reads.
@@ -99,13 +103,13 @@ def dpo(
         chosen, rejected = (_where(real, Answers(*side)) for side in sides)
         pairs = Pairs(chosen, rejected, real)
         total = sum(weight * fn(pairs) for weight, fn in zip(parts.values(), bound))
-        return jnp.where(real, total, 0).sum(), real.sum().astype(jnp.float32), metrics(pairs)
+        return jnp.where(real, total, 0), real, metrics(pairs)
 
     def metrics(pairs: Pairs) -> dict[str, Array]:
         averaged = reference is None and any(name in PER_TOKEN for name in parts)
         ranked = pairs.each(Answers.per_token) if averaged else pairs
         chosen, rejected = strength * ranked.chosen.ratio, strength * ranked.rejected.ratio
-        sums = {
+        each = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
@@ -113,21 +117,40 @@ def dpo(
             "logps/chosen": pairs.chosen.logp,
             "logps/rejected": pairs.rejected.logp,
         }
-        return {name: jax.lax.stop_gradient(jnp.where(pairs.real, x, 0).sum()) for name, x in sums.items()}
+        return {name: jax.lax.stop_gradient(jnp.where(pairs.real, x, 0)) for name, x in each.items()}
 
     return run
 
 
-def kto(forward: Forward, *, loss: str = "kto", beta: float = 0.1, reference: Reference, **options: Any) -> Loss:
-    """`(params, batch, key) -> (sum over examples, examples, metrics)`, for the losses in `preference.UNPAIRED`.
+def kto(forward: Forward, **options: Any) -> Loss:
+    """`(params, batch, key) -> (sum over examples, examples, metrics)`: `each_answer`, whose options these are, summed.
+
+    Metrics: rewards/chosen and rewards/rejected are the means over what is desirable and what is not, rewards/margins their
+    difference, each times the examples of the micro-batch; logps/ likewise; kl, the baseline.
+    """
+    each = each_answer(forward, **options)
+
+    def run(params: Any, batch: Any, key: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
+        losses, real, found = each(params, batch, key)
+        count = real.sum().astype(jnp.float32)
+        shown = {"kl": count * found["kl"]} if "kl" in found else {}
+        for name in ("rewards", "logps"):
+            shown[f"{name}/chosen"] = count * preference.mean(found[name], found["desirable"])
+            shown[f"{name}/rejected"] = count * preference.mean(found[name], real & ~found["desirable"])
+        shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
+        return losses.sum(), count, shown
+
+    return run
+
+
+def each_answer(forward: Forward, *, loss: str = "kto", beta: float = 0.1, reference: Reference, **options: Any) -> Each:
+    """`(params, batch, key) -> (losses, which are real, what they are made of)`, [B, N] each, for `preference.UNPAIRED`.
 
     The i-th example of a row is one segment, 3i + 1 where its answer is desirable and 3i + 2 where it is not. Segment 3i + 3
     is its prompt with another example's answer: the log-ratios of those, averaged over the micro-batch and never below 0, are
     the baseline of the loss kto, as in the paper; the loss depends on the cut by that alone. apo_zero_unpaired needs none.
 
-    `reference` and `options` as `dpo` takes them. Metrics: rewards/chosen and rewards/rejected are the means over what is
-    desirable and what is not, rewards/margins their difference, each times the examples of the micro-batch; logps/ likewise;
-    kl, the baseline.
+    `reference` and `options` as `each_pair` takes them. Beside the losses: rewards, logps, desirable; kl [], the baseline.
     """
     fns = _chosen("loss", [loss], UNPAIRED)
     _check_reference(reference, [loss], [loss])
@@ -141,19 +164,13 @@ def kto(forward: Forward, *, loss: str = "kto", beta: float = 0.1, reference: Re
         length, logp = good_length + bad_length, good + bad
         desirable, real = good_length > 0, length > 0
         answers = _where(real, Answers(logp, good_ratio + bad_ratio, length, logp, length))
-        count = real.sum().astype(jnp.float32)
-        shown = {}
+        found = {"rewards": beta * answers.ratio, "logps": answers.logp, "desirable": desirable}
         if loss == "kto":
-            kl = jnp.maximum(jax.lax.stop_gradient(preference.mean(other_ratio, other_length > 0)), 0)
-            losses = bound(answers, desirable, kl)
-            shown["kl"] = count * kl
+            found["kl"] = jnp.maximum(preference.mean(other_ratio, other_length > 0), 0)
+            losses = bound(answers, desirable, jax.lax.stop_gradient(found["kl"]))
         else:
             losses = bound(answers, desirable)
-        for name, x in {"rewards": beta * answers.ratio, "logps": answers.logp}.items():
-            shown[f"{name}/chosen"] = count * preference.mean(x, desirable)
-            shown[f"{name}/rejected"] = count * preference.mean(x, real & ~desirable)
-        shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
-        return jnp.where(real, losses, 0).sum(), count, jax.lax.stop_gradient(shown)
+        return jnp.where(real, losses, 0), real, jax.lax.stop_gradient(found)
 
     return run
 

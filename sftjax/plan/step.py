@@ -209,7 +209,8 @@ def placed(job: Dry, mesh: Mesh | AbstractMesh) -> tuple[State, Any, Batch]:
     def like_its_weight(path: Any, x: Any) -> Any:
         """The loop's rule: a moment lies where its weight lies, whose path ends its own."""
         name = jax.tree_util.keystr(path)
-        return put(x, next((home for end, (shape, home) in by_path.items() if name.endswith(end) and shape == x.shape), whole))
+        home = next((home for end, (shape, home) in by_path.items() if name.endswith(end) and shape == x.shape), whole)
+        return put(x, optim.host(x, home) if job.config.optim.offload else home)
 
     opt_state = jax.tree_util.tree_map_with_path(like_its_weight, job.state.opt_state)
     scalars = jax.tree.map(lambda x: put(x, whole), job.state._replace(trainable=None, opt_state=None))

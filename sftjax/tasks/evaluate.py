@@ -3,7 +3,8 @@
     a run      its held-out rows, by the model before training and by a checkpoint
     a model    the rows of a file, by it alone or beside another
 
-Each row's loss; of some rows, chosen by the seed as training chooses them, the answers. All of it with intervals, by tag.
+Each row's loss, of a preference its rewards and log-probs too; of some rows, chosen by the seed as training chooses them, the
+answers. All of it with intervals, by tag.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from sftjax.generate.chat import ends
 from sftjax.generate.engine import Engine, max_length
 from sftjax.hf.model import load
 from sftjax.models.decoder import Decoder, forward
+from sftjax.tasks import preferred
 from sftjax.tasks.base import Base
 from sftjax.tasks.export import read_config, refuse_another_base, restore
 from sftjax.tasks.job import check_batch, eval_rows
@@ -46,7 +48,7 @@ from sftjax.train.run import Run, clean, read_json
 from sftjax.weights import select
 
 ASKED = 200  # rows that are answered, unless another number is asked for
-TASKS = ("sft", "classify", "pretrain")  # whose held-out loss is that of the answers' tokens, or the texts'
+TASKS = ("sft", "classify", "pretrain", *preferred.TASKS)  # whose model says how likely answers, or texts, are
 Say = Callable[[str], None]
 
 
@@ -189,11 +191,10 @@ def measure(
         or parts(config.eval.metrics)
         or heldout.suited([q.expected or "" for q in questions], [q.label for q in questions])
     )
-    losses: list[Sums] = []
     answers: list[list[heldout.Answer]] = []
     with jax.set_mesh(subject.mesh):
+        likely = likelihoods(subject)
         for side in subject.sides:
-            losses.append(loss_of(subject, side))
             if questions:
                 say(f"{side.name}: answering {len(questions):,} of {len(subject.rows):,} rows")
                 engine = Engine(side.decoder, side.params, stop_ids=subject.stop_ids)
@@ -201,7 +202,7 @@ def measure(
                     heldout.answers(engine, questions, tokenizer=subject.chat.tokenizer, max_new_tokens=longest, **sampling)
                 )
     tags = [subject.rows.example(i).tags for i in range(len(subject.rows))]
-    whole = [Part(tags, {"loss": losses, "perplexity": [perplexity(loss) for loss in losses]})]
+    whole = [Part(tags, likely)]
     if questions:
         each = [heldout.sums(a, metrics) for a in answers]
         whole.append(Part([q.tags for q in questions], {name: [one[name] for one in each] for name in each[0]}))
@@ -245,16 +246,14 @@ def chosen(subject: Subject, most: int) -> list[heldout.Question]:
     return list(itertools.islice(heldout.questions(subject.chat, shuffled), most))
 
 
-def loss_of(subject: Subject, side: Side) -> Sums:
-    c = subject.config
-    return row_losses(
-        forward(side.decoder),
-        side.params,
-        subject.rows,
-        batch_size=eval_rows(c),
-        max_length=c.data.max_length,
-        mesh=subject.mesh,
-    )
+def likelihoods(subject: Subject) -> dict[str, list[Sums]]:
+    """The loss of all rows by each side, and what belongs to it: perplexity, or rewards and log-probs of a preference."""
+    c, rows, mesh = subject.config, subject.rows, subject.mesh
+    if c.task in preferred.TASKS:
+        return preferred.figures(forward(subject.sides[0].decoder), [side.params for side in subject.sides], rows, c, mesh)
+    shared: dict[str, Any] = {"batch_size": eval_rows(c), "max_length": c.data.max_length, "mesh": mesh}
+    losses = [row_losses(forward(side.decoder), side.params, rows, **shared) for side in subject.sides]
+    return {"loss": losses, "perplexity": [perplexity(loss) for loss in losses]}
 
 
 def predictions(

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sftjax.losses import kto
+from sftjax.tasks.dpo import learn
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
 
@@ -15,6 +16,9 @@ from sftjax.tasks.reference import reference
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
     job = Job(config, workdir, force=force)
-    loss = kto(job.forward, reference=reference(job), **config.kto)
-    _, tally = job.fit(loss=loss, eval_loss=loss)
-    return job.finish(tally, extra=tally.preferences(), samples=[])
+    return learn(job, kto(job.forward, reference=reference(job), **options(config)))
+
+
+def options(config: ConfigDict) -> dict[str, Any]:
+    """What `losses.kto` is to be told, but for its reference."""
+    return {name: config.kto[name] for name in ("loss", "beta", "desirable_weight", "undesirable_weight")}

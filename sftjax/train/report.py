@@ -246,7 +246,7 @@ def evaluation(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
     def row(name: str, of: Mapping[str, Any]) -> dict[str, Any]:
         spans = [(m, 100 * of[m]["low"], 100 * of[m]["high"], 100 * of[m]["value"]) for m in models if of[m]]
-        scaled = name not in ("loss", "perplexity", "mean_length")
+        scaled = name not in table.DIGITS
         return {
             "name": table.name_of(name),
             "cells": [table.told(name, of[m]) for m in models],

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from sftjax.data.example import Example, Message
+from sftjax.data.example import Answer, Example, Message
 from sftjax.evaluate import heldout
 from sftjax.generate.chat import open_engine
 
@@ -30,6 +30,20 @@ def test_the_question_is_the_row_up_to_its_last_answer(opened):
     assert whole[: len(q.ids)] == q.ids  # what the model was trained to go on from
     raw = heldout.question(chat, Example("f", 1, completion=("x", "y")))
     assert (chat.tokenizer.decode(raw.ids), raw.prompt, raw.expected) == ("x", "x", "y")
+
+
+def test_a_preference_asks_once_for_its_best_answer(opened):
+    _, chat = opened
+
+    def preference(prompt, *answers):
+        return Example("f", 1, text=prompt, answers=tuple(Answer(said, rank) for said, rank in answers))
+
+    rows = [preference("q", ("b", 2), ("c", 3)), preference("q", ("a", 1), ("c", 3)), preference("q", ("a", 1), ("b", 2))]
+    rows += [preference("bad", ("x", 2)), preference("good", ("y", 1))]  # answers that stand alone
+    found = list(heldout.questions(chat, rows))
+    assert [(q.prompt, q.expected) for q in found] == [("q", "a"), ("good", "y")]
+    assert found[0] == heldout.question(chat, Example("f", 1, completion=("q", "a")))
+    assert len(list(heldout.questions(chat, [talk(("user", "q"), ("assistant", "a"))] * 2))) == 2
 
 
 def test_answers_are_the_engines_and_compared_after_strip(opened):

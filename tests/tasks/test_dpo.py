@@ -1,5 +1,6 @@
 """Preferences, whole: every method starts as its own reference, lowers the loss, is exported, and goes on after a stop."""
 
+import inspect
 import json
 import shutil
 
@@ -7,12 +8,19 @@ import jax
 import pytest
 import toy as worlds
 from ml_collections import ConfigDict
+from tiny import assert_trees_close
 
 from sftjax import tasks, tree
 from sftjax.config import UserError
+from sftjax.losses import dpo, kto
+from sftjax.losses.dpo import each_pair
+from sftjax.losses.preference import DIVERGENCES, LOSSES, UNPAIRED
+from sftjax.tasks.dpo import OPTIONS, options
+from sftjax.tasks.evaluate import evaluate_run
 from sftjax.tasks.export import export
 from sftjax.tasks.job import Job
-from sftjax.tasks.reference import reference
+from sftjax.tasks.kto import options as kto_options
+from sftjax.tasks.reference import cache_key, reference
 
 METHODS = {
     "lora": {},
@@ -150,6 +158,106 @@ def test_what_was_evaluated_is_told(world, tmp_path, capsys):
     assert f"before training: eval loss 0.6931, margin 0.000, accuracy 50.0 %, {first['count']:.0f} pairs" in said
 
 
+PRECOMPUTED = [("dpo", "lora"), ("dpo", "modules"), ("dpo", "full"), ("kto", "dora")]
+
+
+@pytest.mark.parametrize("task, name", PRECOMPUTED, ids=map(" ".join, PRECOMPUTED))
+def test_a_precomputed_reference_says_what_the_live_one_says_and_keeps_no_model(task, name, world, tmp_path):
+    def job(precomputed):
+        made = Job(world(task, **METHODS[name], **{f"{task}.precompute_ref_log_probs": precomputed}), tmp_path / str(precomputed))
+        kept = tree.count((made.trainable, made.frozen))
+        refer = reference(made)
+        assert tree.count((made.trainable, made.frozen)) - kept == (
+            0 if precomputed or name in ("lora", "dora") else kept_twice(made)
+        )
+        loss = {"dpo": dpo, "kto": kto}[task](made.forward, reference=refer)
+        moved = tree.join(jax.tree.map(lambda x: 1.02 * x + 0.01, made.trainable), made.frozen)
+        return [jax.jit(loss)(moved, batch, None) for batch in (made.stream.batch(0), *made.held_out(made.splits.test))]
+
+    def kept_twice(made):
+        return tree.count(made.frozen["reference"])
+
+    live, kept = job(False), job(True)
+    assert_trees_close(kept, live, 1e-4)
+    assert abs(float(live[0][2]["rewards/margins"])) > 1e-3  # it has moved
+
+
+def test_a_precomputed_reference_is_made_again_where_anything_that_it_is_made_of_changes(world, tmp_path, capsys):
+    wish = {"dpo.precompute_ref_log_probs": True, "data.cache_dir": str(tmp_path / "cache")}
+
+    def made(name, **changes):
+        job = Job(world(**wish | changes), tmp_path / name)
+        reference(job)
+        return job, "computed in" in capsys.readouterr().out.splitlines()[-1]
+
+    job, first = made("first")
+    assert first and not made("again")[1]
+    assert not made("rank", **{"lora.rank": 2, "seed": 0})[1]  # what is left off changes nothing
+    assert made("half", **{"model.dtype": "bfloat16"})[1]
+    assert made("data", **{"data.max_length": 120, "seed": 3})[1]  # other rows on either side
+    assert made("whole", method="full")[1]
+    keys = {cache_key(job, job.splits.train)}
+    for part in ("base", "adapter"):
+        job.manifest["hashes"][part] = "another"
+        keys.add(cache_key(job, job.splits.train))
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_held_out_prompts_are_answered_and_a_run_is_evaluated_as_training_evaluated_it(task, world, tmp_path):
+    wish = {"method": "full", "optim.lr": 3e-3, "eval.generate": 4, "eval.max_new_tokens": 8, "train.generate_every": 3}
+    wish |= {"eval.batch_size": 8, "dpo.precompute_ref_log_probs": task == "dpo"}  # all in one batch: KTO's means are of it
+    summary = tasks.train(world(task, **wish), tmp_path / "run")
+    samples = list(map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines()))
+    assert 0 < len(samples) <= 4 and {s["expected"] for s in samples} <= {*worlds.COLOURS.values()}  # never a bad answer
+    assert {"exact_match_before", "exact_match", "stop_rate"} <= {*summary}
+    assert "Base against tuned" in (tmp_path / "run" / "report.html").read_text()
+
+    found = evaluate_run(tmp_path / "run", rows=2, say=lambda _: None)
+    figures = found["figures"][0]["figures"]
+    named = {"loss": "eval_loss", "margin": "margin", "logps_chosen": "logps_chosen", "logps_rejected": "logps_rejected"}
+    named |= {"preference_accuracy": "accuracy"} if task == "dpo" else {}
+    found_eval = evaluate_run(tmp_path / "run", rows=0, split="eval", say=lambda _: None)["figures"][0]["figures"]
+    for figure, name in named.items():
+        assert found_eval[figure]["base"]["value"] == pytest.approx(summary[f"{name}_before"], rel=1e-4, abs=1e-5), name
+        assert found_eval[figure]["tuned"]["value"] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
+    if task == "dpo":
+        export(tmp_path / "run", to="hf", out=tmp_path / "out")
+    assert figures["loss"]["tuned"]["value"] == pytest.approx(summary["test_loss"], rel=1e-4)
+    assert figures["loss"]["rows"] == found["rows"] and found["answered"] == 2 and "exact_match" in figures
+    assert "log-prob, chosen" in (tmp_path / "run" / "report.html").read_text()
+
+
+REACHED = {  # option of a loss -> a config that wants it
+    "label_smoothing": {"dpo.label_smoothing": 0.1, "dpo.loss": "aot"},
+    "divergence": {"dpo.divergence": "js"},
+    "alpha": {"dpo.alpha": 0.3, "dpo.divergence": "alpha"},
+    "ld_alpha": {"dpo.ld_alpha": 0.5},
+    "per_token": {"dpo.per_token": False, "dpo.loss": "ipo"},
+    "tau": {"dpo.tau": 0.1, "dpo.loss": "discopop"},
+    "shift": {"dpo.shift": True, "dpo.loss": "bco_pair"},
+    "gamma": {"dpo.gamma": 1.0, "dpo.loss": "simpo"},
+    "nll": {"dpo.nll": 0.5, "dpo.loss": "cpo"},
+    "nll_by": {"dpo.nll_by": "token", "dpo.loss": {"sigmoid": 1.0, "sft": 0.2}},
+    "prompt_nll": {"dpo.prompt_nll": True, "dpo.loss": "orpo"},
+}
+
+
+def test_every_option_of_every_loss_is_reached_from_the_config(toy):
+    for name, changes in REACHED.items():
+        assert options(toy.config(**{"task": "dpo"} | changes))[name] == changes[f"dpo.{name}"]
+    own = [name for fn in (*LOSSES.values(), *DIVERGENCES.values(), each_pair) for name in inspect.signature(fn).parameters]
+    passed = {"pairs", "beta", "log_u", "forward", "loss", "reference", "options"}
+    assert {*own} - passed == {*OPTIONS} == {*REACHED}
+    of_kto = {name for fn in UNPAIRED.values() for name in inspect.signature(fn).parameters}
+    assert of_kto - {"answers", "desirable", "baseline"} == {*kto_options(toy.config(task="kto"))} - {"loss"}
+
+
+def test_several_losses_add_up_with_their_weights(toy):
+    mixed = options(toy.config(**{"task": "dpo", "dpo.loss": {"sigmoid": 1.0, "bco_pair": 0.5}, "dpo.sft_weight": 0.2}))
+    assert mixed["loss"] == {"sigmoid": 1.0, "bco_pair": 0.5, "sft": 0.2}
+
+
 MISTAKES = {
     "dpo.loss sigmod: not known; did you mean sigmoid?": {"dpo.loss": "sigmod"},
     "dpo.divergence: ipo does not use it": {"dpo.loss": "ipo", "dpo.divergence": "js"},
@@ -157,6 +265,12 @@ MISTAKES = {
     "dpo.label_smoothing=0.6: the loss robust": {"dpo.loss": "robust", "dpo.label_smoothing": 0.6},
     "dpo.ld_alpha=0.5: the loss sft": {"dpo.loss": "sft", "dpo.ld_alpha": 0.5},
     "dpo.sft_weight=0.2: the loss sft": {"dpo.loss": "sft", "dpo.sft_weight": 0.2},
+    "dpo.sft_weight=0.3: the loss sft": {"dpo.loss": {"ipo": 1.0, "sft": 0.2}, "dpo.sft_weight": 0.3},
+    "dpo.gamma: sigmoid does not use it": {"dpo.gamma": 1.0},
+    "dpo.alpha: js does not use it": {"dpo.alpha": 0.3, "dpo.divergence": "js"},
+    "dpo.nll_by: sigmoid does not use it": {"dpo.nll_by": "pair"},
+    "dpo.prompt_nll: sigmoid has no term of likelihood": {"dpo.prompt_nll": True},
+    "dpo.precompute_ref_log_probs: the loss orpo has no reference": {"dpo.loss": "orpo", "dpo.precompute_ref_log_probs": True},
 }
 
 
