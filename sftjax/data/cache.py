@@ -196,6 +196,7 @@ def dumps(example: Example) -> bytes:
         "tools": example.tools,
         "label": example.label,
         "answers": answers,
+        "columns": example.columns,
         "tags": example.tags or None,
     }
     return json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False, default=str).encode()

@@ -128,6 +128,15 @@ class Chat:
         """The ids up to where the assistant answers `messages`. `variables` go to the template, e.g. enable_thinking=False."""
         return self.tokenise(self.render(messages, tools, generate=True, **variables))[0]
 
+    def ask(self, example: Example) -> list[int]:
+        """The ids of a row up to where the answer that it ends with begins, or would begin. Raises RowError."""
+        if example.messages is None:
+            prompt = example.completion[0] if example.completion else example.text or ""
+            return [*self.start_ids, *self.tokenise(prompt)[0]]
+        if not example.asked():
+            raise RowError("messages", "has nothing before the answer")
+        return self.prompt(example.asked(), example.tools)
+
     def check(self, encoded: Encoded, example: Example) -> str | None:
         """Why training on this row would not do what its owner expects, in a sentence; None if it will."""
         trained = np.flatnonzero(encoded.weights)

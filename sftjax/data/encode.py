@@ -81,11 +81,18 @@ def encode_one(chat: Chat, example: Example, want: str = "answers") -> Done:
         if (example.text is None or example.answers) and (size := characters(example)) > LIMIT:
             raise RowError("", f"has {size:,} characters; a conversation of more than {LIMIT:,} is not tokenised")
         for alone in example.alone():
-            encoded.append(chat.encode(alone) if not long(alone) else encode_long(chat, alone.text or ""))
+            if want == "prompts":
+                encoded.append(question(chat, alone))
+            else:
+                encoded.append(chat.encode(alone) if not long(alone) else encode_long(chat, alone.text or ""))
     except RowError as e:
         reason = f"with answer {len(encoded) + 1}, {e.reason}" if len(example.answers or ()) > 1 else e.reason
         return [Rejected(example.source, example.line, e.field, reason)]
     key = content_key(example)
+    if want == "prompts":
+        ids, weights = encoded[0]
+        place = example.source, example.line
+        return [Row(*place, key, prompt_key(example), True, False, ids, weights, [(len(ids), 1)], dumps(example))]
     terminated = [chat.check(part, example) is None for part in encoded]
 
     def joined(slots: Mapping[int, int], example: Example, prompt: int, tied: bool = False) -> Row:
@@ -101,6 +108,18 @@ def encode_one(chat: Chat, example: Example, want: str = "answers") -> Done:
         joined(slots, replace(example, answers=tuple(answers[k] for k in slots)), prompt) for slots in sides(answers, want)
     ]
     return rows or [joined({k: k + 1 for k in range(len(answers))}, example, prompt, tied=True)]
+
+
+def question(chat: Chat, example: Example) -> Encoded:
+    """What the row asks, of which nothing is trained."""
+    ids = chat.ask(example)
+    return finish(ids, np.zeros(len(ids), np.float32))
+
+
+def prompt_key(example: Example) -> int:
+    """64 bits of a hash of what the row asks, whatever it answers."""
+    asks = replace(example, messages=example.asked()) if example.messages else example
+    return content_key(replace(asks, completion=(asks.completion[0], "")) if asks.completion else asks)
 
 
 def chunked(items: Iterator[Example | Rejected]) -> Iterator[Items]:

@@ -47,7 +47,13 @@ class Example:
     tools: tuple[dict[str, Any], ...] | None = None
     label: str | None = None
     answers: tuple[Answer, ...] | None = None
+    columns: dict[str, Any] | None = None  # of a row that only asks, all it has beside what it asks: for reward functions
     tags: tuple[str, ...] = ()  # what kind of row it is, for evaluation; "reasoning/sums" is of the kind "reasoning" too
+
+    def asked(self) -> tuple[Message, ...]:
+        """The turns of a conversation without the answer that it ends with."""
+        messages = self.messages or ()
+        return messages[:-1] if messages and messages[-1].role == "assistant" else messages
 
     def alone(self) -> Iterator[Example]:
         """Each answer with its prompt, as the example that supervised fine-tuning would see; itself where it has none."""

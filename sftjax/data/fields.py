@@ -19,6 +19,7 @@ class Wishes:
     system: str | None = None
     label_prompt: str = "{text}"
     labels: Sequence[str] = ()
+    asks: bool = False  # rows need no answer
 
 
 class Row:

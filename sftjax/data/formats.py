@@ -23,6 +23,7 @@ from sftjax.data.sources import Source, sources
 PEEK = 100  # readable rows that a source's layout is found from
 LABELS = 100  # above this many, {labels} in a prompt is a mistake
 SHOWN = 10  # bad rows spelled out before the total
+ASKING = ("messages", "conversations", "instruction", "input", "history", "prompt", "text", "system", "tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ def read_examples(
     `say` is told how each source was understood; `want` is a key of layouts.FORMATS. Raises UserError where a source cannot
     be found, has no known layout, or does not hold what is wanted.
     """
-    wishes = Wishes(dict(data.roles), data.system, data.label_prompt, _labels(data) if want in ("answers", "classes") else ())
+    known = _labels(data) if want in ("answers", "classes", "prompts") else ()
+    wishes = Wishes(dict(data.roles), data.system, data.label_prompt, known, want == "prompts")
     for source in sources(spec):
         layout, rows = _open(source, data, want)
         if layout and say:
@@ -138,7 +140,13 @@ def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str,
     tags = tags_of(held)
     if build := preferences.BUILD.get(layout.format):
         return [Example(source, line, tags=tags, **fields) for fields in build(held, wishes)]
-    return [Example(source, line, tags=tags, **BUILD[layout.format](held, wishes))]
+    columns = {name: value for name, value in row.items() if name not in asking(layout)} if wishes.asks else None
+    return [Example(source, line, tags=tags, columns=columns, **BUILD[layout.format](held, wishes))]
+
+
+def asking(layout: Layout) -> set[str]:
+    """The file's names of the columns that hold a prompt."""
+    return {own for name, own in layout.columns.items() if name in ASKING and own != "tags"}
 
 
 def tags_of(row: Row) -> tuple[str, ...]:
@@ -153,20 +161,29 @@ def tags_of(row: Row) -> tuple[str, ...]:
 def _turns(column: str) -> Callable[[Row, Wishes], dict[str, Any]]:
     def build(row: Row, wishes: Wishes) -> dict[str, Any]:
         messages = row.turns(column, wishes.roles)
-        check_answered(messages, row.name(column))
+        if not wishes.asks:
+            check_answered(messages, row.name(column))
         return dialogue(row, wishes, messages)
 
     return build
 
 
 def _alpaca(row: Row, wishes: Wishes) -> dict[str, Any]:
+    if wishes.asks and not isinstance(row.get("output"), str):
+        return _prompt(row, wishes)
     return dialogue(row, wishes, (*asked(row), Message("assistant", row.filled("output"))))
+
+
+def _prompt(row: Row, wishes: Wishes) -> dict[str, Any]:
+    turns = isinstance(row.get("instruction"), list)
+    return dialogue(row, wishes, row.turns("instruction", wishes.roles) if turns else asked(row))
 
 
 def _prompt_completion(row: Row, wishes: Wishes) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list):
-        return {"completion": (row.text("prompt"), row.filled("completion"))}
+        silent = wishes.asks and not isinstance(completion, str)
+        return {"completion": (row.text("prompt"), "" if silent else row.filled("completion"))}
     asked = row.turns("prompt", wishes.roles)
     if isinstance(completion, str):
         answer: tuple[Message, ...] = (Message("assistant", row.filled("completion")),)
@@ -211,4 +228,5 @@ BUILD: dict[str, Callable[[Row, Wishes], dict[str, Any]]] = {
     "prompt_completion": _prompt_completion,
     "label": _label,
     "text": _text,
+    "prompt": _prompt,
 }

@@ -6,6 +6,7 @@
     prompt_completion  prompt, completion: raw text without a template, or both as turns
     label              text, label: the label is the answer to data.label_prompt
     text               text: plain text, every token trained
+    prompt             prompt (or question, ...), text or turns: a row that only asks, for tasks that reward answers
 
 and where several answers to one prompt are wanted (`want` is "pairs", "rankings" or "labels", data/preferences.py)
 
@@ -36,6 +37,7 @@ NEEDS = {
     "prompt_completion": ("prompt", "completion"),
     "label": ("text", "label"),
     "text": ("text",),
+    "prompt": ("instruction",),
     "pair": ("chosen", "rejected"),
     "ranking": ("answers",),
     "unpaired": ("label",),
@@ -47,10 +49,12 @@ FORMATS = {  # what is wanted -> the formats that have it, in the order in which
     "rankings": ("pair", "ranking", "tree"),
     "labels": ("unpaired", "pair"),
     "classes": ("label",),
+    "prompts": ("messages", "sharegpt", "prompt_completion", "alpaca", "label", "prompt", "text"),
 }
 WANTED = {"answers": "one answer a row", "pairs": "pairs", "rankings": "rankings", "labels": "answers labelled good or bad"}
-WANTED |= {"classes": "a text and its label"}
+WANTED |= {"classes": "a text and its label", "prompts": "a prompt"}
 USUAL = {"answers": "alpaca", "pairs": "pair", "rankings": "ranking", "labels": "unpaired", "classes": "label"}
+USUAL |= {"prompts": "prompt"}
 PROMPTS = ("prompt", "messages", "conversations", "instruction")  # of a preference; the first that is there
 ASKING = ("ranking", "unpaired")  # formats that need one of PROMPTS
 ASKED = f", and one of {', '.join(PROMPTS)}"
@@ -63,6 +67,7 @@ MAY = {
     "prompt_completion": (*TURNS, "tags"),
     "label": ("system", "tags"),
     "text": ("tags",),
+    "prompt": ("input", "history", *TURNS, "tags"),
     "pair": (*PROMPTS, "input", "history", *TURNS, "tags"),
     "ranking": (*PROMPTS, "input", "history", "ranks", "scores", *TURNS, "tags"),
     "unpaired": (*PROMPTS, "input", "history", "completion", "output", *TURNS, "tags"),

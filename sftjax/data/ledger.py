@@ -37,7 +37,7 @@ class Ledger:
         self.full = np.concatenate([s.lengths for s in stores])  # lengths before any cut
         self.trained = np.concatenate([s.rows["trained"] for s in stores])
         self.lengths = self.full.copy()
-        self.fate = np.where(self.trained > 0, KEPT, UNTRAINED)
+        self.fate = np.where((self.trained > 0) | (want == "prompts"), KEPT, UNTRAINED)
         self.fate[np.concatenate([s.rows["tied"] for s in stores])] = TIED
         self.bad = sum(len(s.rejected) for s in stores)
         self.long = (self.full > max_length) & (self.fate == KEPT) & (not fill)  # documents are cut to fill rows: none is long
@@ -46,6 +46,13 @@ class Ledger:
             self.truncate()
         else:
             self.fate[self.long] = OVERLONG
+
+    @property
+    def limit(self) -> str:
+        """What a row may not be longer than."""
+        if self.want == "prompts":
+            return f"the {self.max_length} tokens that data.max_length leaves for a prompt beside its answer"
+        return f"data.max_length={self.max_length}"
 
     def truncate(self) -> None:
         """Cuts the end off long rows, with whatever of their answers stood there."""
@@ -89,7 +96,7 @@ class Ledger:
     def dropped(self) -> list[Rejected]:
         """The usable rows that were dropped, each with its fate in words."""
         words = {
-            OVERLONG: "{n} tokens, more than data.max_length={limit}",
+            OVERLONG: f"{{n}} tokens, more than {self.limit}",
             UNTRAINED: "no token of it is trained",
             CUT_SHORT: "no trained token is left of its {n} after cutting at data.max_length={limit}",
             TIED: "its answers are equally good or the same, which is no preference",
@@ -109,7 +116,7 @@ class Ledger:
         if self.long.any():
             instead = "drop or truncate" if self.want in ("answers", "classes") else "drop"
             raise UserError(
-                f"{rows_are(int(self.long.sum()))} longer than data.max_length={self.max_length} (the longest has "
+                f"{rows_are(int(self.long.sum()))} longer than {self.limit} (the longest has "
                 f"{self.full[self.long].max()} tokens): {self.some(self.long, SHOWN)}; raise it, or set "
                 f"--config.data.on_overlong to {instead}"
             )
@@ -125,10 +132,12 @@ class Ledger:
             say(f"{rows_are(self.bad)} unusable and left out")
         if (long := self.fate == OVERLONG).any():
             mend = "data.on_overlong=truncate would cut their ends off"
-            if self.want not in ("answers", "classes"):
+            if self.want == "prompts":
+                mend = "To keep them, raise data.max_length, which holds a prompt and its answer"
+            elif self.want not in ("answers", "classes"):
                 mend = "All the answers of a preference count, each with its prompt; to keep them, raise data.max_length"
             say(
-                f"{rows_are(int(long.sum()))} longer than data.max_length={self.max_length} and dropped ({self.some(long)}); the "
+                f"{rows_are(int(long.sum()))} longer than {self.limit} and dropped ({self.some(long)}); the "
                 f"longest has {self.full[long].max()} tokens. {mend}"
             )
         if self.truncated:

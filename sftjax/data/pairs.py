@@ -22,7 +22,7 @@ from sftjax.data.example import Answer, Example, Message
 
 Slots = dict[int, int]  # which answer, by its number -> the segment that it is in the row's group of so many, from 1
 # segment numbers of a row; of rankings, two for each answer of the longest
-SLOTS = {"answers": 1, "pairs": 2, "labels": 3, "classes": 1}
+SLOTS = {"answers": 1, "pairs": 2, "labels": 3, "classes": 1, "prompts": 1}
 
 
 def sides(answers: Sequence[Answer], want: str) -> list[Slots]:

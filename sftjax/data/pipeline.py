@@ -248,8 +248,7 @@ def tell(report: dict[str, Any], say: Say) -> None:
         raise UserError(f"no rows are left to train on: {read}")
     sizes = ", ".join(f"{name} {report[name]['rows']:,}" for name in ("train", "eval", "test"))
     tokens, trained = report["train"]["tokens"], report["train"]["trained_tokens"]
-    say(
-        f"{read}; {sizes}; {f'{trained:,} of {tokens:,} training tokens are trained' if trained else f'{tokens:,} tokens to train on'}"
-    )
+    trains = f"{trained:,} of {tokens:,} training tokens are trained" if trained else f"{tokens:,} tokens to train on"
+    say(f"{read}; {sizes}; {trains}")
     if report["eval_rows_in_train"]:
         say(f"warning: {report['eval_rows_in_train']:,} rows of data.eval are also in data.train: evaluation will look too good")

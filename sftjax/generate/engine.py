@@ -35,12 +35,15 @@ LOOK = 0.02  # seconds between two tokens' coming that a reader of a stream does
 class Generated:
     """One answer: its tokens without the one that ended it; `stopped` is False where max_new_tokens cut it off.
 
+    `stop_id` is the token that ended it, None where none did.
+
     `text` is set where a tokenizer was given; a stop string is in neither.
     """
 
     ids: list[int]
     stopped: bool
     text: str = ""
+    stop_id: int | None = None
 
 
 class Engine:
@@ -52,11 +55,13 @@ class Engine:
                                        would be lost in a bfloat16 kernel's rounding; Dora's norms are taken once
         LowRank, Dora over Nf4, Int8   applied; the kernel stays in few bits
         Adapter                        applied: it is no matrix
+
+    With `share` nothing is merged in float32 either: for one who asks a model a little between two steps of its training.
     """
 
-    def __init__(self, model: Decoder, params: Any, *, stop_ids: Sequence[int] = ()):
+    def __init__(self, model: Decoder, params: Any, *, stop_ids: Sequence[int] = (), share: bool = False):
         self.model = model.clone(remat="none")
-        self.params = _in_compute_dtype(params, model.dtype)
+        self.params = _in_compute_dtype(params, model.dtype, merge=not share)
         self.stop_ids = frozenset(int(i) for i in stop_ids)
         self.limit = max_length(model.config)
 
@@ -189,11 +194,12 @@ class Answer:
         self.row, self.writer = row, writer
         self.ids: list[int] = []
         self.stopped = False
+        self.stop_id: int | None = None
 
     def add(self, new: list[int], stop_ids: frozenset[int]) -> bool:
         """Takes further tokens; True where they end it at a stop token or a stop string."""
         if new and new[-1] in stop_ids:
-            self.stopped = True
+            self.stopped, self.stop_id = True, new[-1]
             new = new[:-1]
         self.ids += new
         if self.writer and new and self.writer.stop_strings:
@@ -205,7 +211,7 @@ class Answer:
     def generated(self) -> Generated:
         if self.writer and not self.writer.stop_strings:
             self.writer.add(self.ids)
-        return Generated(self.ids, self.stopped, self.writer.text if self.writer else "")
+        return Generated(self.ids, self.stopped, self.writer.text if self.writer else "", self.stop_id)
 
 
 def max_length(c: DecoderConfig) -> int:
@@ -215,13 +221,13 @@ def max_length(c: DecoderConfig) -> int:
     return max(c.max_positions, int((c.rope.original_max_positions or c.max_positions) * c.rope.factor))
 
 
-def _in_compute_dtype(params: Any, dtype: Any) -> Any:
+def _in_compute_dtype(params: Any, dtype: Any, merge: bool = True) -> Any:
     """What decoding reads at every token, cast once; DoRA's norms are taken once. What needs no cast is shared, not copied.
 
     In float32 what merges is merged: exact, and some products fewer. What is quantised stays so, with what is around it.
     """
     leaves = tree.flatten(still(params))
-    if dtype == jnp.float32:
+    if merge and dtype == jnp.float32:
         leaves |= _merged({path: w for path, w in leaves.items() if isinstance(w, kinds.Kind) and kinds.merges(w)})
     ready = tree.unflatten(leaves)
     # a program copies what it only hands through: it gets just the arrays that it changes

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sftjax.losses.tokens import Forward, Loss, logprobs, shift
+from sftjax.losses.tokens import Forward, Loss, blocks, shift
+from sftjax.models.decoder import Output
+from sftjax.weights import kinds
 
 EPS = 1e-4  # in a group's spread: of answers that all earn the same, none is better
 
@@ -131,27 +133,60 @@ def adapt(coefficient: Array | float, kl: Array | float, *, target: float, horiz
     return coefficient * (1 + error * n / horizon)
 
 
-def grpo(forward: Forward, *, low: float = 0.2, high: float = 0.2, beta: float = 0.0, kl: str = "k3") -> Loss:
-    """`(params, Rollouts, key) -> (sum, count, metrics)`: the clipped loss, and `beta` times the distance from the reference."""
+def tempered(forward: Forward, temperature: float) -> Forward:
+    """The forward of the policy that samples at this temperature: its logits, divided."""
+
+    def run(params: Any, batch: Any, key: Array | None = None) -> Output:
+        output = forward(params, batch, key)
+        return output._replace(hidden=output.hidden / temperature)
+
+    return forward if temperature == 1 else run
+
+
+def logps_and_entropy(hidden: Array, head: kinds.Weight, targets: Array) -> tuple[Array, Array]:
+    """log softmax(hidden @ head)[targets], and the entropy in nats, for looking alone: both [B, T], without whole logits."""
+
+    @jax.checkpoint
+    def block(h: Array, t: Array) -> tuple[Array, Array]:
+        logits = kinds.matmul(h, head).astype(jnp.float32)
+        lse = jax.nn.logsumexp(logits, -1)
+        fixed = jax.lax.stop_gradient(logits - lse[..., None])
+        return jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - lse, -(jnp.exp(fixed) * fixed).sum(-1)
+
+    out = jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets))  # [n, B, t]
+    logps, entropy = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, : targets.shape[1]] for x in out)
+    return logps, entropy
+
+
+def grpo(
+    forward: Forward, *, low: float = 0.2, high: float = 0.2, beta: float = 0.0, kl: str = "k3", fresh: bool = False
+) -> Loss:
+    """`(params, Rollouts, key) -> (sum, count, metrics)`: the clipped loss, and `beta` times the distance from the reference.
+
+    `fresh`: the answers are this very policy's, so pi_old is pi, and `batch.logps` is not read. Metrics: clip_fraction,
+    approx_kl from pi_old, entropy, and with a beta kl, from the reference.
+    """
 
     def loss(params: Any, batch: Any, key: Array | None = None) -> tuple[Array, Array, dict[str, Array]]:
         output = forward(params, batch, key)
         targets, weights = shift(batch)
-        logps = logprobs(output.hidden, output.head, targets)
+        logps, entropy = logps_and_entropy(output.hidden, output.head, targets)
 
         def predicted(x: Array) -> Array:  # by the position that predicts the token
             return jnp.roll(x, -1, axis=1)
 
         # what is no action is out before it is computed with: 0 times an infinity would be nan
         acts = weights > 0
-        logps, old, reference = (jnp.where(acts, x, 0) for x in (logps, predicted(batch.logps), predicted(batch.reference)))
+        before = jax.lax.stop_gradient(logps) if fresh else predicted(batch.logps)
+        logps, old, reference = (jnp.where(acts, x, 0) for x in (logps, before, predicted(batch.reference)))
         counts, advantages = jnp.where(acts, predicted(batch.counts), 0), predicted(batch.advantages)
         each, clipped = clipped_policy(logps, old, advantages, low=low, high=high)
         apart = divergence(logps, reference, kl)
         total = (weights * (each + beta * apart)).sum()
         n = counts.sum()
-        shown = {"kl": apart, "clip_fraction": clipped.astype(jnp.float32), "approx_kl": divergence(logps, old, "k2")}
-        metrics = {name: jax.lax.stop_gradient((counts * x).sum()) for name, x in shown.items()}
+        shown = {"clip_fraction": clipped.astype(jnp.float32), "approx_kl": divergence(logps, old, "k2"), "entropy": entropy}
+        shown |= {"kl": apart} if beta else {}
+        metrics = {name: jax.lax.stop_gradient(jnp.where(acts, counts * x, 0).sum()) for name, x in shown.items()}
         return total, n, metrics
 
     return loss

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sftjax import hosts
-from sftjax.tasks import classify, dpo, kto, pretrain, reward, sft
+from sftjax.tasks import classify, dpo, grpo, kto, ppo, pretrain, reward, sft
 
 TASKS = {
     "sft": sft.train,
@@ -17,6 +17,8 @@ TASKS = {
     "reward": reward.train,
     "dpo": dpo.train,
     "kto": kto.train,
+    "grpo": grpo.train,
+    "ppo": ppo.train,
 }
 
 

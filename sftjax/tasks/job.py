@@ -22,12 +22,13 @@ import optax
 from ml_collections import ConfigDict
 
 from sftjax import hosts, sharding, tree
-from sftjax.check import check
+from sftjax.check import ROLLOUTS, check
 from sftjax.config import UserError
 from sftjax.data import pipeline
 from sftjax.data.batch import Batch
+from sftjax.data.prompts import stream
 from sftjax.data.rows import Rows
-from sftjax.data.stream import WHOLE, Stream, eval_batches
+from sftjax.data.stream import WHOLE, eval_batches
 from sftjax.generate.engine import max_length
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
@@ -67,7 +68,7 @@ class Job:
         hosts.refuse_unshared(self.run.workdir)
         self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))
         with hosts.agreeing():
-            self.stream = Stream(self.splits.train, config, mine=hosts.own_rows(self.mesh, config.train.batch_size))
+            self.stream = stream(self.splits.train, config, mine=hosts.own_rows(self.mesh, config.train.batch_size))
             self.manifest = self.describe()
             self.refuse_another_run(force)
         hosts.refuse_differences(same_everywhere(self.manifest))
@@ -101,6 +102,7 @@ class Job:
 
         `answer` answers a few prompts, every train.generate_every steps; `options` are loop.fit's.
         """
+        self.flops = options.get("flops_per_token", 0.0)
         shown = Progress(self.stream.steps_total, log_every=self.config.train.log_every, quiet=not hosts.first())
         with jax.set_mesh(self.mesh), shown as progress:
 
@@ -159,7 +161,7 @@ class Job:
             **extra,
             "tokens_per_s": tally.tokens / tally.seconds if tally.seconds else None,
             "steady_tokens_per_s": self.steady or None,
-            "mfu": mfu(self.steady, self.flops_per_token(), jax.devices()[0].device_kind, self.mesh.size) or None,
+            "mfu": mfu(self.steady, self.flops, jax.devices()[0].device_kind, self.mesh.size) or None,
             "compile_s": tally.compile_s,
             "total_s": time.perf_counter() - self.began,
             "peak_memory_mib": peak_memory_mib(),
@@ -310,6 +312,8 @@ def refuse_many_hosts(config: ConfigDict) -> None:
     """What one host does alone so far: where a policy answers, or what is computed is kept by row. Raises UserError."""
     if not hosts.many():
         return
+    if config.task in ROLLOUTS:
+        raise UserError(f"--config.task={config.task}: runs on one host so far, with all its devices; this is {hosts.name()}")
     kept = f"{config.task}.precompute_ref_log_probs"
     if config.task in ("dpo", "kto") and config[config.task].precompute_ref_log_probs:
         raise UserError(f"--config.{kept}=True: runs on one host so far, this is {hosts.name()}; leave it out")

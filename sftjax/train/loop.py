@@ -91,7 +91,8 @@ def fit(
     eval_every = math.ceil(total / 5) if c.eval_every is None else c.eval_every
     save_every = eval_every if c.save_every is None else c.save_every
 
-    state, tally, start, compiled = place(init_state(trainable, optimizer, dtype, kept), trainable, mesh), Tally(), 0, None
+    state = place(init_state(trainable, optimizer, dtype, kept), trainable, mesh, offload=config.optim.offload)
+    tally, start, compiled = Tally(), 0, None
     with Checkpoints(run.checkpoints, keep=c.keep, say=progress.say) as checkpoints, stop_signals() as asked:
         restored = checkpoints.restore(freed(state)) if checkpoints.steps() else None
         if restored:
@@ -139,7 +140,7 @@ def fit(
             if step - start <= WARM:
                 meter.read(step)
             elif step % c.log_every == 0:
-                meter.read(step - 1)
+                meter.read(step if collect else step - 1)
             evaluates = step == total or due(step, eval_every)
             stops = vote(asked.signum)
             saves = step == total or due(step, save_every) or bool(stops)
@@ -231,13 +232,14 @@ def freed(state: State) -> State:
     return like
 
 
-def place(state: State, trainable: Any, mesh: Mesh) -> State:
-    """The optimiser's moments lie where their parameters lie, everything else on every device."""
+def place(state: State, trainable: Any, mesh: Mesh, *, offload: bool = False) -> State:
+    """The optimiser's moments lie where their parameters lie, or with `offload` in their hosts; everything else on every device."""
     homes = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
 
     def put(path: Any, x: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        home = next((p for p_name, p in homes.items() if name.endswith(p_name) and p.shape == x.shape), None)
-        return jax.device_put(x, NamedSharding(mesh, P()) if home is None else home.sharding)
+        like = next((p for p_name, p in homes.items() if name.endswith(p_name) and p.shape == x.shape), None)
+        home = NamedSharding(mesh, P()) if like is None else like.sharding
+        return jax.device_put(x, optim.host(x, home) if offload and name.startswith(".opt_state") else home)
 
     return jax.tree_util.tree_map_with_path(put, state)

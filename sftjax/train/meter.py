@@ -61,6 +61,16 @@ class Tally:
             if evaluation and metric in evaluation
         }
 
+    def rewards(self) -> dict[str, float]:
+        """{"reward_before", "reward", "test_reward", "rewards/exact_match_before", ...}: of a policy, what was evaluated."""
+        when = {"{}_before": self.before, "{}": self.evaluation, "test_{}": self.test}
+        return {
+            form.format(name): x
+            for form, evaluation in when.items()
+            for name, x in (evaluation or {}).items()
+            if name in ("reward", "length", "stopped") or name.startswith("rewards/")
+        }
+
     def stale_for(self, evaluations: int) -> bool:
         """Whether that many evaluations, or more, were no better than the best; never where it is 0."""
         return 0 < evaluations <= self.stale

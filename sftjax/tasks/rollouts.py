@@ -1,0 +1,171 @@
+"""Rollouts: the policy answers a step's prompts, and the answers become rows of one fixed length.
+
+    rows of prompts -> Engine, over the policy's own arrays -> Answered -> Batch [N, T], weights 1 where the policy chose
+
+What is random comes from (seed, step, row), so a run that was killed answers again as it did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from sftjax import tree
+from sftjax.data.batch import Batch
+from sftjax.data.pack import assemble, permutation
+from sftjax.data.rows import Rows
+from sftjax.evaluate.heldout import question
+from sftjax.generate.engine import Engine
+from sftjax.generate.shapes import between
+from sftjax.losses.policy import tempered
+from sftjax.losses.tokens import Forward, logprobs, shift
+from sftjax.tasks.job import Job, eval_rows
+from sftjax.tasks.rewards import Answered, Rewards
+from sftjax.train.loop import to_devices
+from sftjax.train.meter import Tally
+from sftjax.train.run import read_metrics
+from sftjax.weights.select import uncut
+
+SHOWN = 100  # held-out answers kept for the report
+FILE = "answers_before.json"
+RECENT = 10  # steps at the end, over which the distance from the reference is told
+BESIDE = ("reference", "reward", "value")  # models that may stand beside the policy's own parts
+
+
+class Actor:
+    """The policy at work: `sample` answers a step's prompts, `batch` lays them out, `evaluate` answers the held-out ones.
+
+    `c` is the task's own group of the config: max_completion_length, temperature and top_p are read from it.
+    """
+
+    def __init__(self, job: Job, c: Any, rewards: Callable[[Sequence[Answered]], tuple[np.ndarray, dict[str, np.ndarray]]]):
+        self.job, self.rewards, self.seed = job, rewards, job.config.seed
+        self.longest, self.sampling = c.max_completion_length, {"temperature": c.temperature, "top_p": c.top_p}
+        most = int(job.splits.train.lengths.max()) + self.longest
+        self.length = min(job.config.data.max_length, between(most, 32))
+        self.forward: Forward = tempered(job.forward, c.temperature)
+        self.now: list[dict[str, Any]] = []  # what the last evaluation saw
+        place = job.run.checkpoints
+        self.begins = not (place.is_dir() and any(place.iterdir()))
+
+    def sample(self, params: Any, rows: Rows, numbers: Sequence[int], step: int, samples: int = 1) -> list[Answered]:
+        """`samples` answers to each of the rows of these numbers, those of one prompt side by side."""
+        raw = np.random.SeedSequence([self.seed, step]).generate_state(1)[0]
+        return self.answers(params, rows, np.repeat(numbers, samples).tolist(), seed=int(raw), **self.sampling)
+
+    def answers(self, params: Any, rows: Rows, numbers: Sequence[int], **options: Any) -> list[Answered]:
+        job = self.job
+        asked = {i: rows.example(i) for i in dict.fromkeys(numbers)}
+        questions = {i: question(job.chat, example) for i, example in asked.items()}
+        policy = {name: part for name, part in params.items() if name not in BESIDE}
+        with jax.set_mesh(job.mesh):
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(policy), stop_ids=job.chat.stop_ids, share=True)
+            made = engine.generate(
+                [questions[i].ids for i in numbers],
+                max_new_tokens=self.longest,
+                tokenizer=job.chat.tokenizer,
+                batch_size=max(eval_rows(job.config), job.config.train.batch_size),
+                **options,
+            )
+        ends = [[] if g.stop_id is None else [g.stop_id] for g in made]
+        return [
+            Answered(questions[i], asked[i].columns or {}, [*g.ids, *end], g.stopped, g.text)
+            for i, g, end in zip(numbers, made, ends)
+        ]
+
+    def batch(self, answers: Sequence[Answered]) -> Batch:
+        """numpy, [N, T]: each prompt with its answer, whose tokens have weight 1."""
+        rows = []
+        for a in answers:
+            ids = np.array([*a.question.ids, *a.ids], np.int32)
+            weights = np.zeros(len(ids), np.float32)
+            weights[len(a.question.ids) :] = 1
+            rows.append([(ids, weights, 1)])
+        return assemble(rows, self.length)
+
+    def evaluate(self, trainable: Any, part: str) -> dict[str, float]:
+        """Held-out prompts answered greedily: {"reward", "rewards/NAME", "length", "stopped", "count"}, means over answers."""
+        rows: Rows = getattr(self.job.splits, part)
+        if not len(rows):
+            return {}
+        params = tree.join(trainable, self.job.frozen)
+        answers = self.answers(params, rows, permutation(len(rows), self.seed).tolist())
+        earned, each = self.rewards(answers)
+        if part == "eval":
+            self.now = [
+                {"prompt": a.question.prompt, "expected": a.question.expected or ""}
+                | {"text": a.text, "stopped": a.stopped, "reward": float(x)}
+                for a, x in zip(answers[:SHOWN], earned)
+            ]
+            if self.begins:
+                self.job.run.write_json(FILE, self.now)
+                self.begins = False
+        return {"reward": float(earned.mean()), **named(each), **figures(answers), "count": float(len(answers))}
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows of samples.jsonl: held-out prompts, as they were answered before training and at the last evaluation."""
+        before = self.job.run.read_json(FILE) or []
+        return [
+            {
+                "prompt": b["prompt"],
+                "expected": b["expected"],
+                "base": b["text"],
+                "tuned": a["text"],
+                "base_stopped": b["stopped"],
+                "tuned_stopped": a["stopped"],
+                "reward_base": b["reward"],
+                "reward_tuned": a["reward"],
+            }
+            for b, a in zip(before, self.now)
+        ]
+
+
+def named(each: dict[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each reward function over the answers that it has a reward for."""
+    return {f"rewards/{name}": float(np.nanmean(x)) for name, x in each.items() if not np.isnan(x).all()}
+
+
+def figures(answers: Sequence[Answered]) -> dict[str, float]:
+    return {
+        "length": float(np.mean([len(a.ids) for a in answers])),
+        "stopped": float(np.mean([a.stopped for a in answers])),
+    }
+
+
+class Scorer:
+    """`(params, Batch) -> [N, T]`: log pi(token | those before it) of the policy that samples, micro_batch rows at a time."""
+
+    def __init__(self, job: Job, forward: Forward):
+        self.job, self.rows = job, job.config.train.micro_batch or job.config.train.batch_size
+
+        def logps(params: Any, batch: Batch) -> Array:
+            output = forward(params, batch, None)
+            return jax.numpy.roll(logprobs(output.hidden, output.head, shift(batch)[0]), 1, axis=1)
+
+        self.logps = jax.jit(logps)
+
+    def __call__(self, params: Any, batch: Batch) -> np.ndarray:
+        parts = [jax.tree.map(lambda x, at=at: x[at : at + self.rows], batch) for at in range(0, len(batch.tokens), self.rows)]
+        return np.concatenate([jax.device_get(self.logps(params, to_devices(part, self.job.mesh))) for part in parts])
+
+
+def summary(job: Job, tally: Tally) -> dict[str, Any]:
+    """For summary.json: held-out rewards before and after, the distance from the reference at the end, and the median
+    seconds of a step by stage, which it says too."""
+    lines = [line for line in read_metrics(job.run.workdir / "metrics.jsonl") if line["kind"] == "train"]
+    names = [name for name in lines[-1] if name.startswith("seconds/")] if lines else []
+    seconds = {name.removeprefix("seconds/"): float(np.median([line[name] for line in lines])) for name in names}
+    if seconds:
+        job.say("a step: " + ", ".join(f"{name} {x:.2f} s" for name, x in seconds.items()) + " (medians)")
+    kl = [line["kl"] for line in lines[-RECENT:] if line.get("kl") is not None]
+    return tally.rewards() | ({"kl": float(np.mean(kl))} if kl else {}) | {"seconds_a_step": seconds}
+
+
+def rewards_of(config: Any, task: str) -> Rewards:
+    """The reward functions that the task's group of the config names."""
+    return Rewards(config[task].rewards, config[task].reward_weights, key=f"{task}.rewards")
