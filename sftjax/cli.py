@@ -82,7 +82,7 @@ def overrides(args: argparse.Namespace, rest: list[str]) -> list[str]:
     while i < len(rest):
         item = rest[i]
         if not (item.startswith("--config.") and hasattr(args, "config")):
-            flags = ["--" + name.replace("_", "-") for name in vars(args) if name not in ("verb", "needs")]
+            flags = ["--" + name.replace("_", "-") for name in vars(args) if name not in ("verb", "needs", "what")]
             near = difflib.get_close_matches(item.partition("=")[0], flags, n=1)
             raise UserError(
                 f"{item}: no such option{f'; did you mean {near[0]}?' if near else ''}; see sftjax {args.verb} --help"
@@ -137,6 +137,28 @@ def plan(args: argparse.Namespace) -> None:
     plan(load_config(args), args.topology, compile=args.exact, **given)
     same = [f"--config={args.config}", *(f"--config.{item}" for item in args.overrides), "--workdir=runs/mine"]
     print(f"\nnext: sftjax train {shlex.join(same)}")
+
+
+def data(args: argparse.Namespace) -> None:
+    from sftjax.config import UserError, default, override
+    from sftjax.data.pairs import write
+
+    if args.what != "pairs":
+        raise UserError(f"{args.what or 'nothing'}: needs the word pairs after it; for example\n  {EXAMPLES['data']}")
+    config = load_config(args) if args.config else default()
+    for item in args.overrides:
+        if not item.startswith(OF_ROWS):
+            raise UserError(f"--config.{item}: means nothing where rows are read; leave it out, it takes {', '.join(OF_ROWS)}")
+        override(config, *item.split("=", 1))
+    counts = write(args.data, args.out, config.data, force=args.force)
+    left = {
+        "bad": "that cannot be used are left out",
+        "without": "make no pair, all their answers being equally good or the same",
+    }
+    told = [f"{counts[name]:,} {why}" for name, why in left.items() if counts[name]]
+    print(f"{counts['rows']:,} rows" + "".join(f", {part}" for part in told))
+    print(f"{counts['pairs']:,} pairs in {args.out}, {counts['ties']:,} ties between two answers make none")
+    print(f"next: sftjax preview --config=configs/dpo.py --config.data.train={shlex.quote(args.out)}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -208,6 +230,7 @@ def eval_(args: argparse.Namespace) -> None:
         print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={quantize}" if quantize else ""))
 
 
+OF_ROWS = ("data.format", "data.columns", "data.roles", "data.system", "data.on_bad_row")  # what says how preferences are read
 OF_A_FILE = ("data.", "eval.", "seed", "task", "model.dtype", "model.trust_remote_code")  # what a model on a file can be told
 FLAGS = {
     "model.path": "--model=DIR",
@@ -392,6 +415,7 @@ def keep_compilations() -> None:
 VERBS = {
     "preview": preview,
     "plan": plan,
+    "data": data,
     "train": train,
     "eval": eval_,
     "export": export_,

@@ -8,6 +8,7 @@ from typing import NoReturn
 EXAMPLES = {
     "preview": "sftjax preview --config=configs/sft_lora.py --config.data.train=mine.jsonl",
     "plan": "sftjax plan --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --topology=v5e-1",
+    "data": "sftjax data pairs --data=rankings.jsonl --out=pairs.jsonl",
     "train": "sftjax train --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --workdir=runs/mine",
     "eval": "sftjax eval --workdir=runs/mine",
     "export": "sftjax export --workdir=runs/mine --to=hf --out=mine",
@@ -68,6 +69,16 @@ def build_parser() -> Parser:
     p.add_argument(
         "--exact", action="store_true", help="compile the step for that TPU too, on this machine (needs pip install libtpu)"
     )
+
+    p = verb("data", "pairs --data=FILE --out=FILE", "Writes every pair that the rankings, trees or pairs of a file make.")
+    p.add_argument("what", nargs="?", metavar="pairs", help="what to write; there is nothing else yet")
+    p.add_argument(
+        "--data", metavar="FILE", help="a path, glob, directory or hub id of rankings in any format that training reads"
+    )
+    p.add_argument("--out", metavar="FILE", help="JSON lines of prompt, chosen and rejected")
+    p.add_argument("--force", action="store_true", help="write over an --out that exists")
+    p.set_defaults(needs="--data=FILE --out=FILE")
+    config(p)
 
     p = verb("train", "--config=FILE --workdir=DIR", "Runs the config's task in a directory; run again, it resumes.")
     config(p)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help that ends with an example, and every mistake one plain sentence."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -66,7 +67,7 @@ def test_preview(toy, sftjax):
 def test_help_says_what_is_needed_and_ends_with_an_example(sftjax, verb):
     code, said, _ = sftjax(verb, "--help")
     assert code == 0
-    assert said.splitlines()[0].startswith(f"usage: sftjax {verb} --")
+    assert re.match(rf"usage: sftjax {verb}( \w+)? --", said)
     assert said.rstrip().splitlines()[-1].strip() == cli.EXAMPLES[verb]
 
 
@@ -77,6 +78,21 @@ def test_the_examples_are_understood(verb):
     args.overrides = cli.overrides(args, rest)
     cli.check_needs(args)
     assert args.verb == verb
+
+
+def test_pairs_are_written_from_rankings(sftjax, mistake, tmp_path):
+    rankings, out = tmp_path / "rankings.jsonl", tmp_path / "pairs.jsonl"
+    rows = [{"q": "?", "answers": ["a", "b", "c"], "scores": scores} for scores in ([3, 2, 1], [1, 1, 0], [0, 0, 0])]
+    rankings.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["data", "pairs", f"--data={rankings}", f"--out={out}", "--config.data.columns.prompt=q"]
+    code, said, err = sftjax(*argv)
+    assert (code, err) == (0, "")
+    assert f"3 rows, 1 make no pair, all their answers being equally good or the same\n5 pairs in {out}, 4 ties" in said
+    assert [json.loads(line)["rejected"] for line in out.read_text().splitlines()] == ["b", "c", "c", "c", "c"]
+    assert "exists already; give --force" in mistake(*argv)
+    assert "means nothing where rows are read" in mistake(*argv, "--force", "--config.train.steps=3")
+    assert mistake("data", "pears", *argv[2:]).startswith("pears: needs the word pairs after it; for example")
+    assert mistake("data", "pairs").startswith("needs --data=FILE and --out=FILE; for example")
 
 
 def test_no_verb_shows_them_all(sftjax):

@@ -13,12 +13,19 @@ ranking the k-th answer, from 0, has slot 2k + 1, or 2k + 2 where it is as good 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from sftjax.config import UserError, default
 from sftjax.data.chat import as_dict
 from sftjax.data.example import Answer, Example, Message
+from sftjax.data.formats import Rejected, fail_on, read_examples
 
 Slots = dict[int, int]  # which answer, by its number -> the segment that it is in the row's group of so many, from 1
 # segment numbers of a row; of rankings, two for each answer of the longest
@@ -44,15 +51,14 @@ def better(a: Answer, b: Answer) -> bool:
     return a.rank < b.rank and a.said != b.said
 
 
-def rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-    """Every pair as {"prompt", "chosen", "rejected"}: raw text, or lists of turns; with tools where there are any."""
-    for example in examples:
-        answers = example.answers or ()
-        for side in sides(answers, "pairs"):
-            chosen, rejected = (written(answers[k].said) for k in side)
-            prompt = written(example.messages or example.text or "")
-            tools = {"tools": list(example.tools)} if example.tools else {}
-            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **tools}
+def rows(example: Example) -> Iterator[dict[str, Any]]:
+    """Every pair as {"prompt", "chosen", "rejected"}: raw text, or lists of turns; with tools and tags where there are any."""
+    answers = example.answers or ()
+    for side in sides(answers, "pairs"):
+        chosen, rejected = (written(answers[k].said) for k in side)
+        prompt = written(example.messages or example.text or "")
+        more = {"tools": list(example.tools or ()), "tags": list(example.tags)}
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **{name: held for name, held in more.items() if held}}
 
 
 def written(said: tuple[Message, ...] | str) -> Any:
@@ -61,10 +67,47 @@ def written(said: tuple[Message, ...] | str) -> Any:
     return [as_dict(m) | ({} if m.loss is None else {"loss": m.loss}) for m in said]
 
 
-def write(examples: Iterable[Example], out: IO[str]) -> int:
-    """Writes `rows` as JSON lines, which read back as the same pairs; how many."""
-    count = 0
-    for row in rows(examples):
-        out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        count += 1
-    return count
+def write(
+    data: str, out: str, config: ConfigDict | None = None, *, force: bool = False, say: Callable[[str], None] = print
+) -> dict[str, int]:
+    """Every pair that the rankings, trees or pairs of `data` make, into the file `out` as JSON lines that read back as the same.
+
+    `config` is a config's `data`, which says how rows are read; None is the defaults. Returns {"rows", "pairs", "ties",
+    "without", "bad"}: ties are two answers that are equally good or the same, `without` rows that make no pair. `out` is whole
+    or not there. Raises UserError, where `out` exists too, unless `force`.
+    """
+    config, target = default().data if config is None else config, Path(out).expanduser()
+    if target.exists() and (not force or target.is_dir()):
+        raise UserError(
+            f"--out={out}: {'is a directory' if target.is_dir() else 'exists already; give --force to write over it'}"
+        )
+    if not target.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {target.parent}")
+    counts = dict.fromkeys(("rows", "pairs", "ties", "without", "bad"), 0)
+    bad: list[Rejected] = []
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for example in read_examples((data,), config, say, want="pairs"):
+                counts["rows"] += 1
+                if isinstance(example, Rejected):
+                    bad.append(example)
+                    continue
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(example)]
+                file.writelines(lines)
+                counts["pairs"] += len(lines)
+                counts["ties"] += math.comb(len(example.answers or ()), 2) - len(lines)
+                counts["without"] += not lines
+        counts["bad"] = len(bad)
+        if config.on_bad_row == "error":
+            fail_on(bad)
+        if not counts["pairs"]:
+            raise UserError(
+                f"--data={data}: no row of it has an answer that is better than another, so there is no pair to write"
+            )
+        os.replace(part, target)
+    except OSError as e:
+        raise UserError(f"--out={out}: cannot be written ({e.strerror or e})") from e
+    finally:
+        part.unlink(missing_ok=True)
+    return counts

@@ -297,9 +297,8 @@ def test_written_pairs_read_back_as_the_same_pairs(tmp_path):
     raw = {"prompt": "q ", "chosen": "a", "rejected": ""}
     read = lambda path: list(read_examples(path, default().data, want="pairs"))  # noqa: E731
     for k, rows in enumerate(([ranking(0, scores=[1, 1, 3, 2])], [called], [raw])):
-        examples = read(write(tmp_path / f"{k}.jsonl", rows))
-        with (tmp_path / f"pairs{k}.jsonl").open("w") as f:
-            count = pairs.write(examples, f)
+        examples = read(path := write(tmp_path / f"{k}.jsonl", rows))
+        count = pairs.write(str(path), str(tmp_path / f"pairs{k}.jsonl"), say=lambda _: None)["pairs"]
         again = read(str(tmp_path / f"pairs{k}.jsonl"))
         made = [(e.messages, e.text, e.tools, *(a.said for a in e.answers)) for e in again]
         assert made == [
@@ -309,3 +308,26 @@ def test_written_pairs_read_back_as_the_same_pairs(tmp_path):
         ]
         assert count == len(made) == (5, 1, 1)[k]
     assert json.loads((tmp_path / "pairs2.jsonl").read_text()) == raw
+
+
+def test_what_was_written_is_counted_and_whole_or_not_there(tmp_path):
+    rows = [ranking(0), ranking(1, scores=[1, 1, 3, 2]) | {"tags": ["hard"]}, ranking(2, scores=[1, 1, 1, 1])]
+    out = tmp_path / "pairs.jsonl"
+    given = [str(write(tmp_path / "rankings.jsonl", rows)), str(out)]
+    said = []
+    assert pairs.write(*given, say=said.append) == {"rows": 3, "pairs": 11, "ties": 7, "without": 1, "bad": 0}
+    assert "read as ranking" in said[0]
+    held = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row.get("tags") for row in held] == [None] * 6 + [["hard"]] * 5
+    with pytest.raises(UserError, match="exists already; give --force"):
+        pairs.write(*given)
+    bad = write(tmp_path / "bad.jsonl", [ranking(0), {"instruction": "q", "answers": ["a"]}])
+    with pytest.raises(UserError, match=r"bad.jsonl:2.*a ranking needs two answers"):
+        pairs.write(str(bad), str(out), force=True, say=said.append)
+    assert len(out.read_text().splitlines()) == 11 and not list(tmp_path.glob(".*"))
+    c = default().data
+    c.on_bad_row = "skip"
+    assert pairs.write(str(bad), str(out), c, force=True, say=said.append)["bad"] == 1
+    for name, sentence in (("tied", "no row of it has an answer that is better"), ("no/such", "there is no directory")):
+        with pytest.raises(UserError, match=sentence):
+            pairs.write(str(write(tmp_path / "equal.jsonl", rows[2:])), str(tmp_path / name), say=said.append)
