@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sftjax.losses.policy import adapt, clipped_policy, clipped_value, divergence, gae, whiten
-from sftjax.losses.tokens import Forward, Loss, blocks, logprobs, shift
+from sftjax.losses.policy import adapt, clipped_policy, clipped_value, divergence, gae, logps_and_entropy, whiten
+from sftjax.losses.tokens import Forward, Loss, logprobs, shift
 from sftjax.models.heads import token_scores
-from sftjax.weights import kinds
 
 Metrics = dict[str, Array]
 
@@ -68,19 +67,10 @@ def action_logps(forward: Forward, params: Any, batch: Any, key: Array | None = 
 
 
 def action_logps_and_entropy(forward: Forward, params: Any, batch: Any) -> tuple[Array, Array]:
-    """The same beside the entropy of pi( . | s_t) in nats, for looking: without whole logits, and not to be differentiated."""
-    hidden, head, _ = forward(params, batch)
-
-    def block(xs: tuple[Array, Array]) -> tuple[Array, Array]:
-        h, t = xs
-        logps = jax.nn.log_softmax(kinds.matmul(h, head).astype(jnp.float32), -1)
-        return jnp.take_along_axis(logps, t[..., None], -1)[..., 0], -(jnp.exp(logps) * logps).sum(-1)
-
-    targets = shift(batch)[0]
-    out = jax.lax.map(block, blocks(head.shape[-1], hidden, targets))  # [n, B, t]
-    whole = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, : targets.shape[1]] for x in out)
-    logps, entropy = (jnp.roll(x, 1, axis=1) for x in whole)
-    return logps, entropy
+    """The same beside the entropy of pi( . | s_t) in nats."""
+    output = forward(params, batch)
+    logps, entropy = logps_and_entropy(output.hidden, output.head, shift(batch)[0])
+    return jnp.roll(logps, 1, axis=1), jnp.roll(entropy, 1, axis=1)
 
 
 def state_values(forward: Forward, params: Any, batch: Any, key: Array | None = None) -> Array:

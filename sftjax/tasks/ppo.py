@@ -1,0 +1,136 @@
+"""PPO: the policy answers, a reward model or a function scores the answers, and a value says which tokens made the difference.
+
+    state   s_t  the prompt and the answer so far          action     a_t  the token that comes next, of pi( . | s_t)
+    reward  r_t  -kl_coef log(pi / pi_ref) of a_t, and     return     G_t  the rewards from a_t on, gamma^k of them
+                 with the last token the answer's score    advantage  A_t  how much better a_t was than V(s_t) expected
+    value   V    a score head, learnt from the returns
+
+A step:
+
+    rollout   train.batch_size prompts, an answer to each by pi_old, the policy as it is      tasks/rollouts.py
+    score     what the answers earn; log-probs of pi_old and pi_ref, values of every state    tasks/critics.py
+    learn     advantages by GAE, then num_ppo_epochs * num_mini_batches updates by            losses/ppo.py
+
+        -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + vf_coef max((V - G)^2, (clip(V) - G)^2) / 2,   rho = pi / pi_old
+
+arXiv:1707.06347 (PPO), 1506.02438 (GAE), 1909.08593 and 2203.02155 (with language models). Four models, and with LoRA one base:
+`critics`. kl_target makes kl_coef adaptive; it is part of the State, so a run that was killed goes on with what it had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from sftjax import tree
+from sftjax.config import UserError
+from sftjax.data.batch import Batch
+from sftjax.losses import ppo
+from sftjax.losses.ppo import Played
+from sftjax.losses.tokens import Forward
+from sftjax.tasks.critics import Judge, add_value
+from sftjax.tasks.grpo import cut
+from sftjax.tasks.job import Job
+from sftjax.tasks.reference import reference
+from sftjax.tasks.rewards import Rewards
+from sftjax.tasks.rollouts import Actor, figures, named, summary
+from sftjax.train.loop import to_devices
+from sftjax.train.step import State, Step, make_step, over_minibatches
+
+
+def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
+    c, judges = config.ppo, list[Judge]()
+
+    def judge(directory: str) -> Judge:
+        judges.append(Judge(directory))
+        return judges[-1]
+
+    rewards = Rewards(c.rewards, c.reward_weights, key="ppo.rewards", model=judge)
+    if c.value == "reward" and len(judges) != 1:
+        raise UserError(f"--config.ppo.value=reward: needs one reward model in ppo.rewards, which has {len(judges)}")
+    micro_batches = cut(config)
+    job = Job(config, workdir, force=force)
+    refer = reference(job)
+    for one in judges:
+        one.sits(job)
+    starts = len(judges) == 1 and config.method != "freeze" and c.value != "base"
+    value = add_value(job, judges[0] if starts else None)
+    actor = Actor(job, c, rewards)
+    look = Look(job, actor.forward, refer, value)
+    loss = ppo.ppo(actor.forward, value, cliprange=c.cliprange, cliprange_value=c.cliprange_value, vf_coef=c.vf_coef)
+
+    def learn(optimizer: optax.GradientTransformation) -> Step:
+        step = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
+        return iteration(over_minibatches(step, seed=config.seed, epochs=c.num_ppo_epochs, minibatches=c.num_mini_batches), c)
+
+    def collect(step: int, state: State, prompts: np.ndarray) -> tuple[Played, dict[str, float]]:
+        began = time.perf_counter()
+        params = tree.join(state.trainable, job.frozen)
+        answers = actor.sample(params, job.splits.train, prompts, step)
+        sampled = time.perf_counter()
+        scores, each = rewards(answers)
+        stopped = np.array([a.stopped for a in answers])
+        earned = ppo.earned(scores, stopped, clip=c.score_clip, missing_eos_penalty=c.missing_eos_penalty)
+        batch = actor.batch(answers)
+        seen = look(params, batch)
+        played = Played(*batch, *seen, np.asarray(ppo.at_the_end(earned, batch.weights), np.float32))
+        shown = {"reward": float(scores.mean()), "reward_std": float(scores.std()), **named(each)}
+        seconds = {"seconds/rollout": sampled - began, "seconds/score": time.perf_counter() - sampled}
+        return played, shown | figures(answers) | seconds
+
+    updates, kept = c.num_ppo_epochs * c.num_mini_batches, jnp.float32(c.kl_coef)
+    _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=kept)
+    return job.finish(tally, extra=summary(job, tally), samples=actor.samples())
+
+
+def iteration(update: Step, c: ConfigDict) -> Step:
+    """`(state, frozen, Played) -> (state, metrics)`: what the actions were worth, then `update` by it, then the next kl_coef.
+
+    `state.kept` is kl_coef, which the answers pay by; the next depends on how far from the reference these ones were.
+    """
+
+    def step(state: State, frozen: Any, played: Played) -> tuple[State, dict[str, Array]]:
+        learnt, seen = ppo.experience(
+            played,
+            state.kept,
+            kl_estimator=c.kl_estimator,
+            gamma=c.gamma,
+            lam=c.lam,
+            whiten_rewards=c.whiten_rewards,
+            whiten_advantages=c.whiten_advantages,
+        )
+        coefficient, rows = state.kept, played.tokens.shape[0]
+        state, metrics = update(state, frozen, learnt)
+        after = ppo.next_coefficient(coefficient, seen["kl"], target=c.kl_target, horizon=c.kl_horizon, answers=rows)
+        return state._replace(kept=after), metrics | seen | {"kl_coef": coefficient}
+
+    return step
+
+
+class Look:
+    """`(params, Batch) -> (logps, entropy, reference, values)`, each [N, T]: the policy's, the reference's and the value's view
+    of every action, micro_batch rows at a time."""
+
+    def __init__(self, job: Job, policy: Forward, refer: Callable[[Any], Any], value: Forward):
+        self.job, self.rows = job, job.config.train.micro_batch or job.config.train.batch_size
+
+        def look(params: Any, batch: Batch) -> tuple[Array, Array, Array, Array]:
+            logps, entropy = ppo.action_logps_and_entropy(policy, params, batch)
+            return logps, entropy, ppo.action_logps(policy, refer(params), batch), ppo.state_values(value, params, batch)
+
+        self.look = jax.jit(look)
+
+    def __call__(self, params: Any, batch: Batch) -> list[np.ndarray]:
+        parts = [jax.tree.map(lambda x, at=at: x[at : at + self.rows], batch) for at in range(0, len(batch.tokens), self.rows)]
+        found = [jax.device_get(self.look(params, to_devices(part, self.job.mesh))) for part in parts]
+        return [np.concatenate(each) for each in zip(*found)]
