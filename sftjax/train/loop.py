@@ -233,7 +233,7 @@ def freed(state: State) -> State:
 
 
 def place(state: State, trainable: Any, mesh: Mesh, *, offload: bool = False) -> State:
-    """The optimiser's moments lie where their parameters lie, or with `offload` in their hosts; everything else on every device."""
+    """The optimiser's moments lie where their parameters lie, or with `offload` in its host; all else on every device."""
     homes = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
 
     def put(path: Any, x: jax.Array) -> jax.Array:

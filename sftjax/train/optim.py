@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import jax
 import optax
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from sftjax import tree
+from sftjax.train.eight_bit import blocked, scale_by_adam_8bit
 
-LAYERS = ("layers/", "lower/")
+LAYERS = re.compile(r"(^|/)(layers|lower)/")  # of a model that stands beside the one that trains too
 
 
 def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
@@ -36,7 +39,7 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
 
 def rank(path: str) -> int:
     """Axes of a matrix at `path`: two, the layers' and the experts'."""
-    return 2 + path.startswith(LAYERS) + ("/experts/" in path)
+    return 2 + bool(LAYERS.search(path)) + ("/experts/" in path)
 
 
 def decays(trainable: Any) -> Any:
@@ -57,6 +60,8 @@ def optimizer(c: ConfigDict, rate: optax.Schedule, rates: Any = None) -> optax.G
     match c.name:
         case "adamw":
             core = [optax.scale_by_adam(c.b1, c.b2, c.eps), decay]
+        case "adamw_8bit":
+            core = [_adam_8bit(c), decay]
         case "adam":  # L2: the decay passes through the moments
             core = [decay, optax.scale_by_adam(c.b1, c.b2, c.eps)]
         case "lion":
@@ -69,7 +74,44 @@ def optimizer(c: ConfigDict, rate: optax.Schedule, rates: Any = None) -> optax.G
             core = [_muon(c), decay]
     if rates is not None:
         core.append(optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates)))
-    return optax.chain(*core, optax.scale_by_learning_rate(rate))
+    chain = optax.chain(*core, optax.scale_by_learning_rate(rate))
+    return offloaded(chain) if c.offload else chain
+
+
+def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, whose arrays are the host's: they come to the device for an update, when what the backward pass kept is gone.
+
+    The step's caller says where they lie between steps: `host`. They begin there, with no copy on the device.
+    """
+
+    def init(params: Any) -> Any:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return inner.init(shapes)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def moved(state: Any, to: jax.memory.Space) -> Any:
+            return jax.tree.map(lambda x: jax.device_put(x, to) if x.ndim else x, state)
+
+        updates, state = inner.update(grads, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)
+
+
+def host(x: Any, home: Sharding) -> Sharding:
+    """Where an offloaded optimiser's `x` lies, which would lie at `home`; counters stay on the device."""
+    return home.with_memory_kind("pinned_host") if x.ndim else home
+
+
+def _adam_8bit(c: ConfigDict) -> optax.GradientTransformation:
+    """Moments in 8 bits, but for small arrays and the embedding, whose gradients are uneven: arXiv:2110.02861, section 2.3."""
+    transforms = {"8bit": scale_by_adam_8bit(c.b1, c.b2, c.eps), "float32": optax.scale_by_adam(c.b1, c.b2, c.eps)}
+
+    def label(path: str, w: Any) -> Any:
+        return jax.tree.map(lambda x: "8bit" if blocked(x) and not path.startswith("embed/") else "float32", w)
+
+    return optax.partition(transforms, lambda trainable: tree.map_leaves(label, trainable))
 
 
 def _muon(c: ConfigDict) -> optax.GradientTransformation:
@@ -79,7 +121,7 @@ def _muon(c: ConfigDict) -> optax.GradientTransformation:
     """
 
     def label(path: str, w: Any) -> Any:
-        matrix = path.startswith(LAYERS) and path.endswith("kernel")
+        matrix = bool(LAYERS.search(path)) and path.endswith("kernel")
         return jax.tree.map(lambda x: "muon" if matrix and x.ndim == rank(path) else "adam", w)
 
     def matrices(trainable: Any) -> Any:

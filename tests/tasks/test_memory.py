@@ -9,6 +9,8 @@ from sftjax import tasks
 
 KINDS = {
     "float16": {"model.dtype": "float16"},
+    "8-bit moments": {"optim.name": "adamw_8bit"},
+    "moments in the host": {"optim.offload": True},
 }
 
 
