@@ -5,8 +5,11 @@
     params = sftjax.lora(model.params, key, rank=16)        # tree -> tree
     params = sftjax.lora(sftjax.quantize(model.params), key, rank=16)      # QLoRA
     loss = sftjax.losses.masked_xent(sftjax.losses.neftune(model.forward, alpha=5))
+    sftjax.plan(config, "v5e-8")                            # does it fit, how long does it take
     sftjax.train(config, workdir="runs/mine")               # the whole task, as the verb does it
+    sftjax.evaluate("runs/mine")                            # beside what it started from; or model="mine", data="test.jsonl"
     sftjax.export("runs/mine", to="hf", out="mine")
+    sftjax.compare(["base", "mine"], data="test.jsonl", out="compared")
 
 Names are looked up when first used, so that `import sftjax` costs nothing and never starts jax.
 """
@@ -17,6 +20,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import sftjax.evaluate
+import sftjax.plan
 import sftjax.train
 
 __version__ = "0.1.0"
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from sftjax.config import default as default_config
     from sftjax.config import load as load_config
     from sftjax.data.preview import preview
+    from sftjax.evaluate.compare import run_compare as compare
     from sftjax.evaluate.sequences import classify, rewards
     from sftjax.hf.model import Model, load
     from sftjax.tasks.export import export
@@ -40,6 +46,7 @@ WHERE = {
     "preview": ("sftjax.data.preview", "preview"),
     "Model": ("sftjax.hf.model", "Model"),
     "load": ("sftjax.hf.model", "load"),
+    "compare": ("sftjax.evaluate.compare", "run_compare"),
     "classify": ("sftjax.evaluate.sequences", "classify"),
     "rewards": ("sftjax.evaluate.sequences", "rewards"),
     "export": ("sftjax.tasks.export", "export"),
@@ -52,13 +59,16 @@ __all__ = [
     "Model",
     "UserError",
     "classify",
+    "compare",
     "default_config",
+    "evaluate",
     "export",
     "load",
     "load_config",
     "lora",
     "losses",
     "merge",
+    "plan",
     "preview",
     "quantize",
     "rewards",
@@ -74,11 +84,34 @@ def __getattr__(name: str) -> Any:
     return getattr(found, attribute) if attribute else found
 
 
+# `train`, `evaluate` and `plan` name a folder and a verb each: the folder answers to a call
+
+
 class _Train(ModuleType):
-    # `train` names both the folder and the verb: the folder answers to a call
     def __call__(self, config: Any, workdir: Any, *, force: bool = False) -> dict[str, Any]:
         """Runs the task that `config.task` names in `workdir`, or resumes it; returns what its summary.json holds."""
         return importlib.import_module("sftjax.tasks").train(config, workdir, force=force)
 
 
+class _Evaluate(ModuleType):
+    def __call__(self, workdir: Any = None, config: Any = None, *, model: str | None = None, **options: Any) -> dict[str, Any]:
+        """What eval.json holds: of a run beside what it started from, or of `model` on the rows of `data`.
+
+        `options` as in `sftjax.tasks.evaluate`: of a run checkpoint, split; of a model data, adapter, base, quantize; of both
+        out, metrics, rows, max_new_tokens and how to sample.
+        """
+        tasks = importlib.import_module("sftjax.tasks.evaluate")
+        if (workdir is None) == (model is None):
+            raise tasks.UserError("evaluate needs the directory of a run, or model= and data=, and not both")
+        return tasks.evaluate_run(workdir, config, **options) if model is None else tasks.evaluate_model(model, config, **options)
+
+
+class _Plan(ModuleType):
+    def __call__(self, config: Any, topology: str | None = None, **options: Any) -> dict[str, Any]:
+        """Says what a run of `config` would take on `topology`, and returns its figures. `options` as in `sftjax.plan.report`."""
+        return importlib.import_module("sftjax.plan.report").plan(config, topology, **options)
+
+
 sftjax.train.__class__ = _Train
+sftjax.evaluate.__class__ = _Evaluate
+sftjax.plan.__class__ = _Plan

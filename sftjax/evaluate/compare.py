@@ -76,7 +76,7 @@ def run_compare(
     prices: Sequence[str] = (),
     timeout: float | None = None,
     parallel: int | None = None,
-    options: Options,
+    options: Options = Options(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Asks every model every row through every prompt; prints and writes what came of it, and returns compare.json.
 
