@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         VERBS[args.verb](args)
     except UserError as e:
         print(f"sftjax {args.verb}: {e}", file=sys.stderr)
-        leave_lost(e)
+        end_failed(e)
         sys.exit(1)
     except Stopped as e:
         print(e, file=sys.stderr)
@@ -52,13 +53,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def leave_lost(e: Exception) -> None:
-    """Ends the process at once where another is lost: in good order it would first wait for that one."""
+def end_failed(e: Exception) -> None:
+    """Ends one of several processes at once; the first last, since the others abort when it goes."""
     hosts = sys.modules.get("sftjax.hosts")
-    if hosts is not None and isinstance(e, hosts.Lost):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    jax = sys.modules.get("jax")
+    if hosts is None or jax is None or not jax.distributed.is_initialized():
+        return
+    if hosts.first() and not isinstance(e, hosts.Lost):
+        time.sleep(1.0)
+    hosts.end_at_once()
 
 
 def check_verb(parser: Parser, given: list[str]) -> None:

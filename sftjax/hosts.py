@@ -13,6 +13,8 @@ import functools
 import os
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ from sftjax.config import UserError
 
 COMING = 300  # seconds for all processes to come together
 SILENT = 60  # seconds without a sign of life after which a process counts as lost
-LEAVING = 60  # seconds that a process waits for the others when it ends
+LEAVING = 30  # seconds that a process waits for the others when it ends
 SEEING = 5.0  # seconds for a file to show on another host
 
 COUNTS = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
@@ -68,6 +70,9 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     if place is None:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for train/stop.py
+    late = threading.Timer(COMING, give_up, [place])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -75,27 +80,44 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
             place.index,
             local_device_ids=place.devices,
             cluster_detection_method=place.method,
-            initialization_timeout=COMING,
+            initialization_timeout=COMING + 60,  # where jax gives up, it aborts
             heartbeat_timeout_seconds=SILENT,
             shutdown_timeout_seconds=LEAVING,
         )
     except (RuntimeError, ValueError, OSError) as e:
-        who = "this process" if place.index is None else f"process {place.index} of {place.count}"
-        at = f" at {place.coordinator}" if place.coordinator else ""
-        raise UserError(unjoined(str(e), who, at)) from e
+        if "before any JAX calls" in str(e):
+            why = "jax was used before the processes were joined; call jax.distributed.initialize, or sftjax.train, before that"
+            raise UserError(why) from e
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise UserError(
+            f"this process cannot join the others: {reason}; --coordinator, --num-processes and --process-id say outright "
+            "where they are"
+        ) from e
+    finally:
+        late.cancel()
 
 
-def unjoined(why: str, who: str, at: str) -> str:
-    """What went wrong where processes did not come together, in a sentence."""
-    first = why.strip().splitlines()[0][:300] if why.strip() else "no reason given"
-    if "before any JAX calls" in first:
-        return "jax was used before the hosts were joined; call sftjax.train first, or jax.distributed.initialize at the start"
-    if re.search(r"deadline|timed out|unavailable|failed to connect", why, re.IGNORECASE):
-        return (
-            f"{who} waited {COMING} s{at} and not all came; see that every process was started, that all were given the same "
-            f"--coordinator and --num-processes, and that this host reaches that port ({first})"
-        )
-    return f"{who} could not join the others{at}: {first}; --coordinator, --num-processes and --process-id say it outright"
+def give_up(place: Place) -> None:
+    """Ends this process with a sentence: jax waits without a way to be called back."""
+    who = "" if place.index is None else f"process {place.index} of {place.count}: "
+    found = "not all have come"
+    if place.index and place.coordinator:
+        there = answers(place.coordinator)
+        found = f"{'' if there else 'no '}process 0 answers at {place.coordinator}{', but others have not come' if there else ''}"
+    end(
+        f"sftjax: {who}after {COMING} s {found}; see that all were started, with the same --coordinator and --num-processes, "
+        "and that no firewall is between the hosts"
+    )
+
+
+def answers(address: str) -> bool:
+    """Does anything listen there?"""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def find(
@@ -114,7 +136,7 @@ def find(
         return None
     if coordinator:
         return refuse_wrong(Place(coordinator, number, place, devices=own_devices(env)))
-    if {"SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_LOCALID"} <= {*env} and "SLURM_PROCID" in env and count is None:
+    if count is None and {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"} <= {*env}:
         return Place(method="slurm", devices=own_devices(env))
     if "OMPI_MCA_orte_hnp_uri" in env and count is None:
         return Place(method="ompi", devices=own_devices(env))
@@ -347,14 +369,48 @@ def votes(mesh: Mesh) -> Callable[[int], int]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Says in a sentence that another process is gone, which shows as one of several errors. Raises Lost."""
+def together(fine: type[Exception]) -> Iterator[None]:
+    """While this lasts a process that ends is told by the others in a sentence, however it shows: as an error, or not at all.
+
+    Raises Lost, or ends the process where it is stuck. `fine` is raised where all end.
+    """
+    if not many():
+        yield
+        return
+    from sftjax.watch import watch
+
+    leave = watch()
+    in_order = False
     try:
         yield
+        in_order = True
+    except fine:
+        in_order = True
+        raise
     except (jax.errors.JaxRuntimeError, ValueError) as e:
-        if not many() or not BROKEN.search(str(e)):
+        if not BROKEN.search(str(e)):
             raise
-        raise Lost(
-            f"{name()} has lost another: its process has ended, or the network to it ({str(e).splitlines()[0][:200]}); "
-            "start all of them again with the same command, and the run goes on from its last checkpoint"
-        ) from e
+        raise Lost(f"{lost()} ({str(e).splitlines()[0][:200]})") from e
+    finally:
+        leave(in_order)
+
+
+def lost(index: int | None = None) -> str:
+    gone = "another" if index is None else f"host {index}"
+    return (
+        f"{name()} has lost {gone}: its process has ended, or the network to it; start all of them again with the same command, "
+        "and the run goes on from its last checkpoint"
+    )
+
+
+def end(message: str) -> None:
+    """Ends this process at once, with a sentence."""
+    print(message, file=sys.stderr)
+    end_at_once()
+
+
+def end_at_once() -> None:
+    """Ends a process that failed. In good order it would first wait for the others, who may be waiting for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

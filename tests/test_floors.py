@@ -15,6 +15,7 @@ FLOORS = {
     "tree.py": 0,
     "sharding.py": 0,
     "hosts.py": 0,
+    "watch.py": 0,
     "config.py": 0,
     "check.py": 0,
     "data/batch.py": 0,  # the shape of a batch, without any code: what models and losses are written for

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from sftjax import hosts
 from sftjax.tasks import classify, dpo, grpo, kto, ppo, pretrain, reward, sft
+from sftjax.train.stop import Stopped
 
 TASKS = {
     "sft": sft.train,
@@ -28,5 +29,5 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     Where a launcher started several processes (sftjax/hosts.py), each calls this, and returns the same.
     """
     hosts.join()
-    with hosts.together():
+    with hosts.together(fine=Stopped):
         return TASKS[config.task](config, workdir, force=force)

@@ -1,0 +1,197 @@
+"""Several processes on this machine train as one: the same losses, resumed on another number of them; and where one is lost or
+stopped all end, in words.
+
+Every run's mesh has the same eight devices, however many processes they belong to.
+"""
+
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy as worlds
+
+from sftjax import hosts, sharding, tasks
+from sftjax.config import UserError
+
+SETTINGS = {
+    "mesh.data": 4,
+    "mesh.fsdp": 2,
+    "lora.rank": 4,
+    "lora.dropout": 0.1,
+    "train.steps": 6,
+    "train.batch_size": 8,
+    "train.eval_every": 3,
+    "train.save_every": 1,
+    "eval.generate": 2,
+}
+TIMES = ("tokens_per_s", "kind")
+
+
+def begin(toy, folder, workdir, count, ends=(), flags=()):
+    """`count` processes of the run, each with its part of eight devices. `ends` is {process: (name, *at)}, as toy has them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    ends = dict(ends)
+    return [
+        worlds.begin(
+            toy.argv(workdir(i) if callable(workdir) else workdir, SETTINGS, f"--process-id={i}", *flags),
+            folder / f"{count}.{i}.log",
+            *ends.get(i, ("",)),
+            env=env,
+        )
+        for i in range(count)
+    ]
+
+
+def ended(lives, folder, within=120):
+    """Exit codes, and what each printed."""
+    for life in lives:
+        life.join(within)
+    return [life.exitcode for life in lives], [(folder / f"{len(lives)}.{i}.log").read_text() for i in range(len(lives))]
+
+
+def losses(workdir):
+    """{(step, kind): every figure but times}."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], line["kind"]): {k: v for k, v in line.items() if k not in TIMES} for line in lines}
+
+
+def steps(workdir):
+    return sorted(int(d.name) for d in (workdir / "checkpoints").iterdir() if d.name.isdecimal())
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """What one process with eight devices computes."""
+    workdir = tmp_path_factory.mktemp("one")
+    tasks.train(toy.config(**SETTINGS | {"eval.generate": 0}), workdir)
+    return losses(workdir)
+
+
+def test_stopped_killed_and_resumed_on_other_hosts_equals_one_process(toy, whole, tmp_path):
+    """Two processes; one is asked to stop, and both do. Two again; one is killed. Four finish."""
+    run = tmp_path / "run"
+    codes, said = ended(begin(toy, tmp_path, run, 2, {1: ("at_step", 1, signal.SIGTERM)}), tmp_path)
+    assert codes == [143, 143], said
+    stop = steps(run)[-1]
+    assert stop < 6 and all(f"stopped at step {stop} of 6 and saved" in each for each in said)
+    assert "answers need one host" in said[0]
+    assert "before training" in said[0] and "before training" not in said[1]  # one tells
+
+    began = time.monotonic()
+    codes, said = ended(begin(toy, tmp_path, run, 2, {1: ("at_step", 5, signal.SIGKILL)}), tmp_path)
+    assert codes == [1, -signal.SIGKILL], said
+    assert "host 0 of 2 has lost" in said[0] and "start all of them again" in said[0] and "Traceback" not in said[0]
+    assert time.monotonic() - began < hosts.SILENT
+
+    codes, said = ended(begin(toy, tmp_path, run, 4), tmp_path)
+    assert codes == [0] * 4, said
+    assert "resuming after step" in said[0]
+    got = losses(run)
+    assert got.keys() == whole.keys()
+    for key, figures in whole.items():
+        for name, value in figures.items():
+            np.testing.assert_allclose(got[key][name], value, rtol=2e-6, err_msg=f"{key} {name}")
+
+
+def test_a_directory_of_ones_own_is_told(toy, tmp_path):
+    lives = begin(toy, tmp_path, lambda i: tmp_path / f"run{i}", 2, dict.fromkeys(range(2), ("impatient",)))
+    codes, said = ended(lives, tmp_path)
+    assert codes == [1, 1], said
+    assert all("host 1 does not see there what host 0 writes" in each for each in said)
+    assert not list((tmp_path / "run0").iterdir())
+
+
+# where a process stands, by its launcher's variables
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+OMPI = {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+OMPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+GIVEN = {"JAX_COORDINATOR_ADDRESS": "h:1"}
+TPU = {"TPU_ML_PLATFORM": "JAX"}
+
+
+@pytest.mark.parametrize(
+    "env, place",
+    [
+        ({}, None),
+        (GIVEN | {"JAX_NUM_PROCESSES": "1"}, None),
+        (GIVEN | {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, hosts.Place("h:1", 4, 3)),
+        (SLURM, hosts.Place(method="slurm")),  # one process a host has all of its GPUs
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "5"}, hosts.Place(method="slurm", devices=(5,))),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "5"}, hosts.Place(method="slurm")),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # of a batch script, before any srun
+        (OMPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}, hosts.Place(method="ompi", devices=(1,))),
+        (OMPI | GIVEN, hosts.Place("h:1", 16, 9, devices=(1,))),  # Open MPI 5
+        (GIVEN | {"JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}, hosts.Place("h:1", 4, 2)),  # Kubernetes
+        ({"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "h"}, None),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, hosts.Place(method="gketpu")),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, hosts.Place(method="gketpu")),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (TPU | {"GCE_METADATA_IP": "127.0.0.1"}, hosts.Place(method="gcetpu")),
+        (TPU | {"TPU_SKIP_MDS_QUERY": "1"}, None),
+    ],
+)
+def test_launchers(env, place, monkeypatch):
+    monkeypatch.setattr(hosts, "find_spec", lambda name: None)  # without the package kubernetes
+    assert hosts.find(env) == place
+
+
+@pytest.mark.parametrize(
+    "env, flags, why",
+    [
+        (OMPI, (), "nothing says where the first of them is"),
+        ({"JOB_COMPLETION_INDEX": "1", "KUBERNETES_SERVICE_HOST": "h"}, (), "nothing says where the first of them is"),
+        ({}, (None, 2, 0), "nothing says where the first of them is"),
+        ({}, ("h", 2, 0), "--coordinator=h: needs HOST:PORT"),
+        ({}, ("h:1", None, 0), "needs --num-processes beside it, or JAX_NUM_PROCESSES"),
+        ({}, ("h:1", 2, None), "needs --process-id beside it, or JAX_PROCESS_ID"),
+        ({}, ("h:1", 2, 2), "--process-id=2: 2 processes have the ids 0 to 1"),
+        ({"JAX_NUM_PROCESSES": "two"}, ("h:1",), "JAX_NUM_PROCESSES=two: needs a whole number"),
+    ],
+)
+def test_what_a_launcher_leaves_out_is_told(env, flags, why, monkeypatch):
+    monkeypatch.setattr(hosts, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=why.replace("(", r"\(")):
+        hosts.find(env, *flags)
+
+
+def test_nothing_answers(capsys, monkeypatch):
+    left = []
+    monkeypatch.setattr(hosts.os, "_exit", left.append)
+    hosts.give_up(hosts.Place("127.0.0.1:1", 4, 2))
+    said = capsys.readouterr().err
+    assert left == [1] and "process 2 of 4: after 300 s no process 0 answers at 127.0.0.1:1; see that" in said
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}], ids=str)
+def test_rows_go_where_they_would_go_from_one_process(axes):
+    mesh = sharding.make_mesh(**axes)
+    rows = np.arange(16).reshape(8, 2)
+    assert hosts.own_rows(mesh, 8) == list(range(8))
+    placed = hosts.place_rows(rows, mesh)
+    assert np.array_equal(placed, rows) and placed.sharding == sharding.batch_sharding(mesh)
+
+
+def test_a_mesh_without_some_hosts_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"mesh.data=1 .* has 1 of the 8 devices and leaves 1 hosts without any"):
+        hosts.refuse_idle(sharding.make_mesh(data=1))
