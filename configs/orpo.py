@@ -7,9 +7,9 @@
 No fine-tuning comes before it and no reference stands beside it. As it stands it takes the quickstart's base, which has never
 seen a question, and the pairs of configs/dpo.py.
 
-Two CPU cores: 300 steps in under a minute. Held-out pairs: accuracy by log-prob per token 0 % to 100 %; a chosen answer's
-log-prob rises from -52.7 to -0.6, a rejected one's from -65.0 to -28.5. Of 300 new questions the model answers all 104 sums short
-and right, and 184 of 196 translations.
+Two CPU cores: 300 steps in under a minute. Held-out pairs, for seeds 0, 1 and 2: accuracy by log-prob per token 0, 0 and 1 % to
+100 % each; a chosen answer's log-prob rises from -52.7, -52.6, -51.7 to -0.6 each, a rejected one's from -65, -65, -64 to -28,
+-26, -28. Of 300 new questions the model answers all 104 sums short and right, and 184 of 196 translations.
 """
 
 from ml_collections import ConfigDict
