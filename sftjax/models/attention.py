@@ -5,8 +5,8 @@
 A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). On a TPU `models.splash` does
 all this. Elsewhere queries go in chunks, which see only the keys before their own end (and within the window), so causality
 halves the work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
-(arXiv:2205.14135, algorithm 4). Where a mesh splits rows, `_whole_rows` brings their
-parts together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
+(arXiv:2205.14135, algorithm 4). Long rows go as `blocks` says; where a mesh splits rows, `_whole_rows` brings their parts
+together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 
 from sftjax import sharding
 from sftjax.config import UserError
+from sftjax.models import blocks
+from sftjax.models.blocks import FAR, MASKED, How, backward_scores, capped, masked
 from sftjax.models.splash import splash
 
-FAR = 2**30  # a window that sees everything
-MASKED = -1e30  # finite, so that a fully masked row gives a uniform mean and never nan
+LONG = 8192  # beyond so many positions rows go by `blocks`: chunks against all keys would be large
 
 
 def attention(
@@ -129,25 +130,13 @@ def _cached(q: Array, k: Array, v: Array, positions: Array, window: Array, scale
     G = N // K
     # one product a kv head over its G queries of all T positions: with T an axis of its own, the CPU transposes the results
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = _capped(jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale, softcap)
+    scores = capped(jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale, softcap)
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
     seen = (behind >= 0) & (behind < window)
     scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
     y = jnp.einsum("bkms,bksh->bkmh", probs, v).reshape(B, K, G, T, H)
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _capped(scores: Array, softcap: float | None) -> Array:
-    return softcap * jnp.tanh(scores / softcap) if softcap else scores
-
-
-class How(NamedTuple):
-    """What a program is made for."""
-
-    windows: tuple[int | None, ...]
-    scale: float
-    softcap: float | None
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
@@ -194,11 +183,8 @@ def _chunks(T: int, window: int | None) -> list[tuple[int, int, int]]:
 
 def _scores(how: How, window: int | None, q: Array, k: Array, segments: Array, t: int, s: int, end: int) -> Array:
     """Masked scores of queries t:end against keys s:end, [G, C, S] float32."""
-    scores = jnp.einsum("gth,sh->gts", q[:, t:end], k[s:end], preferred_element_type=jnp.float32)
-    scores = _capped(scores * how.scale, how.softcap)
-    behind = jnp.arange(t, end)[:, None] - jnp.arange(s, end)
-    seen = (behind >= 0) & (behind < (window or FAR)) & (segments[t:end, None] == segments[None, s:end])
-    return jnp.where(seen, scores, MASKED)
+    at = jnp.arange(t, end), jnp.arange(s, end)
+    return masked(how, window, q[:, t:end], k[s:end], segments[t:end], segments[s:end], *at)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -215,6 +201,8 @@ def _heads_fwd(how, q, k, v, segments, which):
 
 def _forward(how, window, q, k, v, segments):
     """The output and log-sum-exp of every query."""
+    if q.shape[1] > LONG:
+        return blocks.forward(how, window, q, k, v, segments)
     outs: list[Array] = []
     lses: list[Array] = []
     for t, s, end in _chunks(q.shape[1], window):
@@ -239,16 +227,14 @@ def _heads_bwd(how, residuals, do):
 def _backward(how, window, q, k, v, segments, o, lse, do):
     """dq, dk and dv."""
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
+    if q.shape[1] > LONG:
+        return blocks.backward(how, window, q, k, v, segments, lse, delta, do)
     # dk and dv are [H, T] until the end: as [T, H] they would have a CPU transpose the scores, not the queries
     dq, dk, dv = [], jnp.zeros(k.T.shape, jnp.float32), jnp.zeros(v.T.shape, jnp.float32)
     for t, s, end in _chunks(q.shape[1], window):
         q, k, do, dk, dv = jax.lax.optimization_barrier((q, k, do, dk, dv))
         scores = _scores(how, window, q, k, segments, t, s, end)
-        p = jnp.exp(scores - lse[:, t:end])
-        dp = jnp.einsum("gth,sh->gts", do[:, t:end], v[s:end], preferred_element_type=jnp.float32)
-        ds = p * (dp - delta[:, t:end]) * how.scale
-        if how.softcap:  # clipped: what is masked is -1e30, and p is 0 there
-            ds *= 1 - jnp.square(jnp.clip(scores / how.softcap, -1, 1))
+        p, ds = backward_scores(how, scores, lse[:, t:end], delta[:, t:end], do[:, t:end], v[s:end])
         ds = ds.astype(q.dtype)
         dq.append(jnp.einsum("gts,sh->gth", ds, k[s:end]))
         dk = dk.at[:, s:end].add(jnp.einsum("gth,gts->hs", q[:, t:end], ds, preferred_element_type=jnp.float32))

@@ -344,7 +344,7 @@ def test_requests_of_any_number_and_length_share_few_programs(unequal):
 
 def test_sharded_equals_single():
     expected = Engine(Decoder(CONFIG), PARAMS).generate(PROMPTS, max_new_tokens=10)
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, sequence=2)
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
         assert Engine(Decoder(CONFIG), params).generate(PROMPTS, max_new_tokens=10) == expected

@@ -52,7 +52,7 @@ def test_scores_equal_the_full_forward(whole, batch_size, monkeypatch):
 
 
 def test_sharded_equals_single(whole):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, sequence=2)
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
         assert_scores(Engine(Decoder(CONFIG), params).score(PROMPTS, CONTINUATIONS), whole)

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sftjax.models.attention import FAR, attention
+from sftjax.models import attention as module
+from sftjax.models import blocks
+from sftjax.models.attention import attention
+from sftjax.models.blocks import FAR
 from sftjax.models.splash import splash
 
 
@@ -50,6 +53,17 @@ def both(fn, q, k, v, segments, do, **how):
 def test_output_and_gradients_equal_the_definition(T, window):
     x = inputs(T) if T < 2048 else inputs(T, B=1, N=2, K=1, H=4)
     for ours, exact in zip(both(attention, *x, windows=(window,)), both(naive, *x, window=window)):
+        np.testing.assert_allclose(ours, exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("window, softcap", [(None, 2.0), (150, None)])
+def test_blocks_of_a_long_row_equal_the_definition(window, softcap, monkeypatch):
+    monkeypatch.setattr(module, "LONG", 128)
+    monkeypatch.setattr(blocks, "SIDE", 128)
+    x = inputs(450, B=1)
+    for ours, exact in zip(
+        both(attention, *x, windows=(window,), softcap=softcap), both(naive, *x, window=window, softcap=softcap)
+    ):
         np.testing.assert_allclose(ours, exact, atol=2e-5)
 
 

@@ -137,7 +137,7 @@ def test_kto(world, tmp_path):
 
 @pytest.mark.parametrize(
     "method, changes",
-    [("lora", {"train.micro_batch": 1}), ("full", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})],
+    [("lora", {"train.micro_batch": 1}), ("full", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2})],
     ids=["cut", "sharded"],
 )
 def test_a_batch_may_be_cut_and_sharded(method, changes, world, tmp_path):

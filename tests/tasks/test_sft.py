@@ -188,7 +188,7 @@ def test_held_out_prompts_are_answered_before_and_after(toy, tmp_path):
         ),
         ({"data.max_length": 129}, "data.max_length=129 is more than the 128 positions of"),
         ({"data.max_length": 129}, "use --config.data.max_length=128"),
-        ({"mesh.data": 3}, "mesh: data=3 x fsdp=1 x tensor=1 does not make the 8 devices here"),
+        ({"mesh.data": 3}, "mesh: data=3 does not make the 8 devices here"),
         ({"method": "freeze"}, "freeze: nothing trains; set --config.freeze.last_n_layers or --config.freeze.train"),
         ({"method": "freeze", "freeze.last_n_layers": 9}, "freeze.last_n_layers=9: the model has 3 layers"),
         ({"lora.targets": ("q_prj",)}, "did you mean q_proj"),

@@ -12,6 +12,7 @@ import toy as worlds
 from sftjax import tasks
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
+from sftjax.sharding import make_mesh
 from sftjax.tasks.export import export
 from sftjax.train import loop, meter, progress
 from sftjax.train.meter import Tally
@@ -111,7 +112,7 @@ def test_evaluation_weighs_by_what_counts():
         count = batch.weights.sum()
         return 2 * count, count, {"nll": jax.numpy.where(count == 2, 10.0, 300.0), "rewards/margins": count**2}
 
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    mesh = make_mesh(data=1)
     batches = [Batch(*[np.ones((1, n), np.float32)] * 4) for n in (2, 3)]
     got = loop.evaluator(loss, {}, mesh)({}, batches)
     assert got == {"loss": 2, "count": 5, "ppl": pytest.approx(np.exp(62.0), rel=1e-5), "rewards/margins": (4 + 9) / 5}
@@ -295,7 +296,7 @@ def test_a_run_goes_on_over_another_mesh(train, finished, tmp_path):
     """From one device to eight, with nothing to force: what follows agrees with one device's to rounding."""
     workdir = finished(tmp_path)
     shutil.rmtree(workdir / "checkpoints" / "12")
-    got = train(workdir, **{"train.eval_every": 6, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    got = train(workdir, **{"train.eval_every": 6, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.sequence": 2})
     assert got["steps"] == 12
     assert got["eval_loss"] == pytest.approx(finished.summary["eval_loss"], rel=1e-4)
 
