@@ -167,11 +167,12 @@ def data(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     from sftjax import hosts, tasks
     from sftjax.config import parts
+    from sftjax.join import join
     from sftjax.tasks.export import FORMS
 
     keep_compilations()
     config = load_config(args)
-    hosts.join(args.coordinator, args.num_processes, args.process_id)
+    join(args.coordinator, args.num_processes, args.process_id)
     summary = tasks.train(config, args.workdir, force=args.force)
     if not hosts.first():
         return

@@ -15,6 +15,7 @@ FLOORS = {
     "tree.py": 0,
     "sharding.py": 0,
     "hosts.py": 0,
+    "join.py": 0,
     "watch.py": 0,
     "config.py": 0,
     "check.py": 0,

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sftjax import hosts
+from sftjax.join import join
 from sftjax.tasks import classify, dpo, grpo, kto, ppo, pretrain, reward, sft
 from sftjax.train.stop import Stopped
 
@@ -26,8 +27,8 @@ TASKS = {
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Trains in `workdir` and returns what its summary.json holds. Raises UserError; Stopped where a signal asked for it.
 
-    Where a launcher started several processes (sftjax/hosts.py), each calls this, and returns the same.
+    Where a launcher started several processes (sftjax/join.py), each calls this, and returns the same.
     """
-    hosts.join()
+    join()
     with hosts.together(fine=Stopped):
         return TASKS[config.task](config, workdir, force=force)
