@@ -3,10 +3,11 @@
     o_t = sum_s softmax_s(scale * q_t . k_s) v_s    over s <= t, segment(s) = segment(t), t - s < window
 
 A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). On a TPU `models.splash` does
-all this. Elsewhere queries go in chunks, which see only the keys before their own end (and within the window), so causality
-halves the work. The backward pass recomputes the probabilities of a chunk from the saved log-sum-exp, as FlashAttention does
-(arXiv:2205.14135, algorithm 4). Long rows go as `blocks` says; where a mesh splits rows, `_whole_rows` brings their parts
-together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H head, C chunk.
+all this, on NVIDIA GPUs `models.flash` what cuDNN can. Elsewhere queries go in chunks, which see only the keys before their
+own end (and within the window), so causality halves the work. The backward pass recomputes the probabilities of a chunk from
+the saved log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4). Long rows go as `blocks` says; where a mesh
+splits rows, `_whole_rows` brings their parts together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H
+head, C chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from sftjax import sharding
 from sftjax.config import UserError
-from sftjax.models import blocks
+from sftjax.models import blocks, flash
 from sftjax.models.blocks import FAR, MASKED, How, backward_scores, capped, masked
 from sftjax.models.splash import splash
 
@@ -47,7 +48,7 @@ def attention(
     A window counts the keys a query sees, its own included; None is all. Where layers of a scan differ, `which` of the
     windows holds in this one: a traced number, since each window is a program of its own, which skips what it never sees.
     """
-    fn = partial(_splash if jax.default_backend() == "tpu" else _attention, how=How(windows, scale, softcap))
+    fn = partial({"tpu": _splash, "gpu": _flash}.get(jax.default_backend(), _attention), how=How(windows, scale, softcap))
     which = jnp.zeros((), jnp.int32) if which is None else which
     mesh = sharding.mesh_in_use()
     if mesh is None:
@@ -144,6 +145,14 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how:
         return splash(q, k, v, segments, window=window, scale=how.scale, softcap=how.softcap)
 
     return _in_window(how, which, run)
+
+
+def _flash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
+    if not flash.serves(q, how):
+        return _attention(q, k, v, segments, which, how=how)
+    whole = how._replace(windows=(None,))  # no window that it serves hides anything
+    otherwise = lambda q, k, v, s: _attention(q, k, v, s, jnp.zeros((), jnp.int32), how=whole)  # noqa: E731
+    return flash.flash(q, k, v, segments, scale=how.scale, otherwise=otherwise)
 
 
 def _in_window(how: How, which: Array, run: Callable[[int | None], Any]) -> Any:
