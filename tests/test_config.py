@@ -36,7 +36,14 @@ def test_every_key_round_trips_from_its_text(key):
 
 @pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if value is None])
 def test_a_key_that_may_be_none_can_be_set_and_unset(key):
-    set_to = {"model.dtype": "float32", "dpo.beta": "3.0", "dpo.nll_by": "sum", "grpo.epsilon_high": "3.0"}.get(key, "3")
+    set_to = {
+        "model.dtype": "float32",
+        "dpo.beta": "3.0",
+        "dpo.nll_by": "sum",
+        "ppo.kl_target": "3.0",
+        "ppo.score_clip": "3.0",
+        "grpo.epsilon_high": "3.0",
+    }.get(key, "3")
     c = default()
     override(c, key, set_to)
     assert str(dict(flatten(c))[key]) == set_to
@@ -265,6 +272,27 @@ OTHER = {
     "eval.max_new_tokens": "64",
     "classify.by": "head",
     "classify.class_weights": "balanced",
+    "ppo.rewards": "exact_match",
+    "ppo.reward_weights": "2",
+    "ppo.score_clip": "5",
+    "ppo.missing_eos_penalty": "1",
+    "ppo.value": "base",
+    "ppo.max_completion_length": "16",
+    "ppo.temperature": "0.7",
+    "ppo.top_p": "0.9",
+    "ppo.num_ppo_epochs": "2",
+    "ppo.num_mini_batches": "2",
+    "ppo.kl_coef": "0.2",
+    "ppo.kl_estimator": "k3",
+    "ppo.kl_target": "6",
+    "ppo.kl_horizon": "100",
+    "ppo.cliprange": "0.1",
+    "ppo.cliprange_value": "0.1",
+    "ppo.vf_coef": "0.5",
+    "ppo.gamma": "0.9",
+    "ppo.lam": "1.0",
+    "ppo.whiten_rewards": "true",
+    "ppo.whiten_advantages": "false",
     "reward.loss": "plackett_luce",
     "reward.margin": "0.5",
     "reward.centring": "0.01",
@@ -298,6 +326,8 @@ NEEDS = {
     "kto": ["task=kto"],
     "grpo": ["task=grpo"],
     "grpo.advantage=rloo": ["task=grpo"],
+    "ppo": ["task=ppo"],
+    "ppo.kl_horizon": ["task=ppo", "ppo.kl_target=6"],
     "reward": ["task=reward"],
     "classify": ["task=classify", "data.format=label"],
     "classify.class_weights": ["task=classify", "data.format=label", "classify.by=head"],

@@ -8,6 +8,9 @@ prompt     翻译成英文：昨天汤姆丢了三本书。
 chosen     Yesterday Tom lost three books.
 rejected   Yesterday Tom lost three books. 昨天汤姆丢了三本书。
 
+Into pairs.jsonl; and into undecided.jsonl each question with one or the other in turn, for a model that says both and so has
+something to choose from where it learns from rewards.
+
 python examples/quickstart/make_data.py --documents=0 --seed=1 --out=runs/preferences
 python examples/preferences/make_data.py --data=runs/preferences
 """
@@ -42,9 +45,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/preferences"), help="where instructions.jsonl is")
     args = parser.parse_args()
     lines = (args.data / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
-    out = args.data / "pairs.jsonl"
-    out.write_text("".join(json.dumps(pair(json.loads(line)), ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    print(f"{out}: {len(lines):,} pairs")
+    pairs = [pair(json.loads(line)) for line in lines]
+    undecided = [{"messages": [*p["prompt"], *p[("chosen", "rejected")[i % 2]]]} for i, p in enumerate(pairs)]
+    write(args.data / "pairs.jsonl", pairs)
+    write(args.data / "undecided.jsonl", undecided)
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{out}: {len(rows):,} rows")
 
 
 if __name__ == "__main__":

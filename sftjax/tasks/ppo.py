@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         raise UserError(f"--config.ppo.value=reward: needs one reward model in ppo.rewards, which has {len(judges)}")
     micro_batches = cut(config)
     job = Job(config, workdir, force=force)
-    refer = reference(job)
+    refer: Any = reference(job)
     for one in judges:
         one.sits(job)
     starts = len(judges) == 1 and config.method != "freeze" and c.value != "base"
@@ -76,14 +76,15 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     def collect(step: int, state: State, prompts: np.ndarray) -> tuple[Played, dict[str, float]]:
         began = time.perf_counter()
         params = tree.join(state.trainable, job.frozen)
-        answers = actor.sample(params, job.splits.train, prompts, step)
+        answers = actor.sample(params, job.splits.train, prompts.tolist(), step)
         sampled = time.perf_counter()
         scores, each = rewards(answers)
-        stopped = np.array([a.stopped for a in answers])
-        earned = ppo.earned(scores, stopped, clip=c.score_clip, missing_eos_penalty=c.missing_eos_penalty)
+        stopped = jnp.array([a.stopped for a in answers])
+        earned = ppo.earned(
+            jnp.asarray(scores, jnp.float32), stopped, clip=c.score_clip, missing_eos_penalty=c.missing_eos_penalty
+        )
         batch = actor.batch(answers)
-        seen = look(params, batch)
-        played = Played(*batch, *seen, np.asarray(ppo.at_the_end(earned, batch.weights), np.float32))
+        played = Played(*batch, **look(params, batch), scores=jax.device_get(ppo.at_the_end(earned, batch.weights)))
         shown = {"reward": float(scores.mean()), "reward_std": float(scores.std()), **named(each)}
         seconds = {"seconds/rollout": sampled - began, "seconds/score": time.perf_counter() - sampled}
         return played, shown | figures(answers) | seconds
@@ -118,19 +119,20 @@ def iteration(update: Step, c: ConfigDict) -> Step:
 
 
 class Look:
-    """`(params, Batch) -> (logps, entropy, reference, values)`, each [N, T]: the policy's, the reference's and the value's view
-    of every action, micro_batch rows at a time."""
+    """`(params, Batch) -> {"logps", "entropy", "reference", "values"}`, each [N, T]: the policy's, the reference's and the
+    value's view of every action, micro_batch rows at a time."""
 
     def __init__(self, job: Job, policy: Forward, refer: Callable[[Any], Any], value: Forward):
         self.job, self.rows = job, job.config.train.micro_batch or job.config.train.batch_size
 
-        def look(params: Any, batch: Batch) -> tuple[Array, Array, Array, Array]:
+        def look(params: Any, batch: Batch) -> dict[str, Array]:
             logps, entropy = ppo.action_logps_and_entropy(policy, params, batch)
-            return logps, entropy, ppo.action_logps(policy, refer(params), batch), ppo.state_values(value, params, batch)
+            reference, values = ppo.action_logps(policy, refer(params), batch), ppo.state_values(value, params, batch)
+            return {"logps": logps, "entropy": entropy, "reference": reference, "values": values}
 
         self.look = jax.jit(look)
 
-    def __call__(self, params: Any, batch: Batch) -> list[np.ndarray]:
+    def __call__(self, params: Any, batch: Batch) -> dict[str, np.ndarray]:
         parts = [jax.tree.map(lambda x, at=at: x[at : at + self.rows], batch) for at in range(0, len(batch.tokens), self.rows)]
         found = [jax.device_get(self.look(params, to_devices(part, self.job.mesh))) for part in parts]
-        return [np.concatenate(each) for each in zip(*found)]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
