@@ -67,6 +67,23 @@ class Example:
                 yield replace(self, messages=prompt + answer.said, answers=None)
 
 
+def split(example: Example) -> tuple[tuple[Message, ...] | str, str | None]:
+    """The row without the answer it ends with, turns or raw text, and that answer; None where it has no text.
+
+    Raises RowError where nothing comes before the answer.
+    """
+    if example.completion is not None:
+        return example.completion[0], example.completion[1] or None
+    if example.text is not None:
+        return example.text, None
+    *asked, last = example.messages or ()
+    if last.role != "assistant":
+        asked.append(last)  # it ends with a question
+    if not asked:
+        raise RowError("messages", "has nothing before the answer")
+    return tuple(asked), last.content if last.role == "assistant" and isinstance(last.content, str) else None
+
+
 class RowError(ValueError):
     """A row that cannot be used. `field` names the part at fault, the message says why, in plain words."""
 

@@ -8,7 +8,10 @@ A figure is a function of sums over rows, so that all draws are one product:  [d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -17,6 +20,40 @@ from sftjax.evaluate.metrics import Sums
 DRAWS = 1000
 SHARE = 95  # per cent of the draws that an interval holds
 BLOCK = 2**22  # counts at a time
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value, or a difference, with its interval; `draws` are its values over resampled rows."""
+
+    value: float
+    draws: np.ndarray = field(repr=False)
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        return interval(self.draws) or (math.nan, math.nan)
+
+    @property
+    def low(self) -> float:
+        return self.ends[0]
+
+    @property
+    def high(self) -> float:
+        return self.ends[1]
+
+    @property
+    def told(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __sub__(self, other: Figure) -> Figure:
+        return Figure(self.value - other.value, self.draws - other.draws)
+
+    def plain(self) -> dict[str, float] | None:
+        """{"value", "low", "high"}; None where the figure is not one, nothing having counted."""
+        if not math.isfinite(self.value) or math.isnan(self.low):
+            return None
+        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def resampled(sums: Sequence[Sums], *, seed: int = 0, draws: int = DRAWS) -> list[np.ndarray]:

@@ -33,11 +33,18 @@ def scores(counts: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
     }
     return {
         "accuracy": float(right.sum() / total),
-        "macro_f1": float(f1[true > 0].mean()),
+        "macro_f1": float(macro_f1(right, true, said)),
         "majority": float(true.max() / total),
         "per_class": per_class,
         "confusion": counts.tolist(),
     }
+
+
+def macro_f1(right: np.ndarray, true: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """[..., C] texts of each label that were found, that there are, that were taken for it -> [...]; nan where there are none."""
+    there = true > 0
+    f1, n = np.where(there, share(2 * right, true + said), 0.0), there.sum(-1)
+    return np.divide(f1.sum(-1), n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
 def counted(expected: Sequence[str], said: Sequence[str], labels: Sequence[str]) -> np.ndarray:

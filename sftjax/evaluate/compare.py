@@ -32,6 +32,7 @@ from sftjax.evaluate.kept import Kept, key, open_out
 from sftjax.evaluate.metrics import METRICS, all_sums, fitting, row_scores
 from sftjax.evaluate.prompts import Ask, Variant, ask, read_variants
 from sftjax.evaluate.table import line as in_line
+from sftjax.evaluate.table import told
 from sftjax.evaluate.verdict import Cell, figures, rivals, verdict
 from sftjax.generate.answer import refuse
 from sftjax.generate.sampling import choose
@@ -244,22 +245,22 @@ def judge(
         "rows": len(rows),
         "metrics": list(metrics),
         "cells": [
-            {"model": cell.model, "prompt": cell.prompt, "metrics": {name: plain(f) for name, f in cell.figures.items()}}
+            {"model": cell.model, "prompt": cell.prompt, "metrics": {name: f.plain() for name, f in cell.figures.items()}}
             | costs(a.replies, prices.get(cell.model))
             for cell, a in zip(cells, asked)
         ],
         "differences": [
-            {"better": [a.model, a.prompt], "than": [b.model, b.prompt], **plain(a.figures[deciding] - b.figures[deciding])}
+            {
+                "better": [a.model, a.prompt],
+                "than": [b.model, b.prompt],
+                **((a.figures[deciding] - b.figures[deciding]).plain() or {}),
+            }
             for a, b in ordered(cells, deciding)
         ],
         "verdict": verdict(cells, deciding, len(rows)),
         "disagreements": {"by": by_row[0], "rivals": at, "rows": differ},
     }
     return result, scores
-
-
-def plain(figure: Any) -> dict[str, Any]:
-    return {"value": figure.value, "low": figure.low, "high": figure.high}
 
 
 def ordered(cells: Sequence[Cell], metric: str) -> Iterator[tuple[Cell, Cell]]:
@@ -321,10 +322,6 @@ def predictions(asked: Sequence[Asked], rows: Sequence[Row], scores: Sequence[Ma
 # The terminal
 
 
-def points(figure: Mapping[str, float]) -> str:
-    return f"{100 * figure['value']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
-
-
 def mean_of(cost: Mapping[str, float] | None, digits: int = 0) -> str:
     return "-" if cost is None else f"{cost['mean']:,.{digits}f}"
 
@@ -334,14 +331,14 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     cells, metrics = result["cells"], result["metrics"]
     models, prompts = (list(dict.fromkeys(cell[which] for cell in cells)) for which in ("model", "prompt"))
     found = {(cell["model"], cell["prompt"]): cell for cell in cells}
-    grid = [[model, *(points(found[model, prompt]["metrics"][metrics[0]]) for prompt in prompts)] for model in models]
+    grid = [[model, *(told(metrics[0], found[model, prompt]["metrics"][metrics[0]]) for prompt in prompts)] for model in models]
     title = f"{metrics[0]}, in points of 100 with 95% intervals, over {many(result['rows'], 'row')}"
     refused, paid = any(cell["unanswered"] for cell in cells), any(cell["dollars"] is not None for cell in cells)
     head = ["model", "prompt", *metrics[1:], "stopped", "empty", *(["no answer"] if refused else [])]
     head += ["prompt tokens", "answer tokens", "tokens in all", "s a row", *(["dollars"] if paid else [])]
     lines = []
     for cell in cells:
-        line = [cell["model"], cell["prompt"], *(points(cell["metrics"][name]) for name in metrics[1:])]
+        line = [cell["model"], cell["prompt"], *(told(name, cell["metrics"][name]) for name in metrics[1:])]
         line += [f"{cell['stop_rate']:.0%}", f"{cell['empty']:.0%}", *([str(cell["unanswered"])] if refused else [])]
         both = [cell["prompt_tokens"], cell["answer_tokens"]]
         whole = "-" if None in both else f"{sum(cost['total'] for cost in both):,.0f}"

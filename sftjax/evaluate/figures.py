@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.evaluate.bootstrap import interval, resampled
+from sftjax.evaluate.bootstrap import Figure, resampled
 from sftjax.evaluate.heldout import Answer, Question
 from sftjax.evaluate.metrics import METRICS, Sums, row_scores, total
 
@@ -52,23 +52,16 @@ def by_tag(parts: Sequence[Part], models: Sequence[str], *, seed: int = 0) -> li
 def measured(
     figures: Mapping[str, Sequence[Sums]], rows: np.ndarray, models: Sequence[str], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Each figure of `rows`: each model's estimate, and that of the difference where there are two."""
+    """Each figure of `rows`: each model's, and the difference where there are two."""
     taken = {name: [Sums(of.rows[rows], of.figure) for of in each] for name, each in figures.items()}
     draws: Iterator[np.ndarray] = iter(resampled([of for each in taken.values() for of in each], seed=seed))
     out = {}
     for name, each in taken.items():
-        values, drawn = [total(of) for of in each], [next(draws) for _ in each]
-        out[name] = {"rows": len(rows)} | {m: estimate(v, d) for m, v, d in zip(models, values, drawn)}
+        found = [Figure(total(of), next(draws)) for of in each]
+        out[name] = {"rows": len(rows)} | {model: figure.plain() for model, figure in zip(models, found)}
         if len(models) == 2:
-            out[name]["difference"] = estimate(values[1] - values[0], drawn[1] - drawn[0])
+            out[name]["difference"] = (found[1] - found[0]).plain()
     return out
-
-
-def estimate(value: float, drawn: np.ndarray) -> dict[str, float] | None:
-    """None where the figure is not one, nothing having counted."""
-    if not np.isfinite(value) or (found := interval(drawn)) is None:
-        return None
-    return {"value": value, "low": found[0], "high": found[1]}
 
 
 def verdict(name: str, difference: Mapping[str, float] | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sftjax.data.chat import Chat
-from sftjax.data.example import Example, Message, RowError
+from sftjax.data.example import Example, Message, RowError, split
 from sftjax.evaluate.metrics import Sums, all_sums, exact_match, fitting, mean, total
 from sftjax.generate.engine import Engine
 
@@ -47,18 +47,10 @@ class Answer:
 def question(chat: Chat, example: Example) -> Question:
     """The row without the answer it ends with. Raises RowError where it asks nothing."""
     more: dict[str, Any] = {"label": example.label, "tags": example.tags, "where": f"{example.source}:{example.line}"}
-    if example.completion is not None:
-        prompt, expected = example.completion
-        return Question([*chat.start_ids, *chat.tokenise(prompt)[0]], prompt, expected or None, **more)
-    if example.text is not None:
-        return Question([*chat.start_ids, *chat.tokenise(example.text)[0]], example.text, None, **more)
-    *asked, last = example.messages or ()
-    if last.role != "assistant":
-        asked.append(last)  # it ends with a question
-    if not asked:
-        raise RowError("messages", "has nothing before the answer")
-    answer = last.content if last.role == "assistant" and isinstance(last.content, str) else None
-    return Question(chat.prompt(asked, example.tools), readable(asked), answer, tuple(asked), **more)
+    asked, answer = split(example)
+    if isinstance(asked, str):
+        return Question([*chat.start_ids, *chat.tokenise(asked)[0]], asked, answer, **more)
+    return Question(chat.prompt(asked, example.tools), readable(asked), answer, asked, **more)
 
 
 def readable(messages: Sequence[Message]) -> str:

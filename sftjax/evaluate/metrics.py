@@ -30,6 +30,7 @@ import numpy as np
 
 from sftjax.check import refuse_metrics
 from sftjax.evaluate import rouge_bleu
+from sftjax.evaluate.classes import macro_f1
 from sftjax.evaluate.script import HAN
 
 NUMBER = re.compile(r"((?<![\w)])[-−+])?[$€£¥￥]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?")
@@ -142,10 +143,7 @@ def label_sums(answers: Sequence[str], expected: Sequence[str]) -> Sums:
 
     def figure(x: np.ndarray) -> np.ndarray:
         hits, wanted, given = np.moveaxis(x.reshape(*x.shape[:-1], 3, len(labels)), -2, 0)
-        there = wanted > 0  # in a part of the rows a label may be missing
-        f1 = np.divide(2 * hits, wanted + given, out=np.zeros_like(hits), where=there)
-        n = there.sum(-1)
-        return np.divide(f1.sum(-1), n, out=np.full(n.shape, np.nan), where=n > 0)
+        return macro_f1(hits, wanted, given)  # in a part of the rows a label may be missing
 
     return Sums(rows.reshape(len(answers), -1), figure)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sftjax.config import UserError
-from sftjax.data.example import Example, Message, RowError
+from sftjax.data.example import Example, Message, RowError, split
 from sftjax.data.layouts import pick
 
 PARTS = ("system", "instruction", "input", "examples", "labels")
@@ -117,24 +117,17 @@ def shown(value: Any) -> str:
 
 def asked(example: Example) -> tuple[Message, ...] | str:
     """The row without the answer it ends with: turns, or raw text. Raises RowError where it asks nothing."""
-    if example.completion is not None:
-        return example.completion[0]
-    if example.messages is None:
+    if example.text is not None:
         raise RowError("text", "is plain text, which asks nothing; say what to ask with a prompt's input")
-    turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-    if not turns:
-        raise RowError("messages", "has nothing before the answer")
-    return turns
+    return split(example)[0]
 
 
 def answer_of(example: Example) -> str:
     """The answer that the row ends with. Raises RowError where there is none to compare with."""
-    if example.completion is not None and example.completion[1]:
-        return example.completion[1]
-    last = example.messages[-1] if example.messages else None
-    if last is None or last.role != "assistant" or not isinstance(last.content, str):
+    answer = split(example)[1]
+    if answer is None:
         raise RowError("", "has no answer to compare with; name the field that holds it with --expected=FIELD")
-    return last.content
+    return answer
 
 
 def plain(messages: Sequence[Message]) -> str:

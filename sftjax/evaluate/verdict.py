@@ -6,49 +6,15 @@ twice for every model and prompt. A difference is told where its 95% interval le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
-import numpy as np
-
-from sftjax.evaluate.bootstrap import interval, resampled
+from sftjax.evaluate.bootstrap import Figure, resampled
 from sftjax.evaluate.metrics import Sums, total
+from sftjax.evaluate.table import told
 
 WORD_FOR_WORD = ("exact_match", "accuracy")
 ROUGH = 30  # rows, of which fewer give intervals that are too narrow
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value, or a difference, with its 95% interval; `draws` are its values over resampled rows."""
-
-    value: float
-    draws: np.ndarray = field(repr=False)
-
-    @cached_property
-    def ends(self) -> tuple[float, float]:
-        return interval(self.draws) or (math.nan, math.nan)
-
-    @property
-    def low(self) -> float:
-        return self.ends[0]
-
-    @property
-    def high(self) -> float:
-        return self.ends[1]
-
-    @property
-    def told(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-    def __sub__(self, other: Figure) -> Figure:
-        return Figure(self.value - other.value, self.draws - other.draws)
-
-    def __str__(self) -> str:
-        """In points: hundredths of a metric."""
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True)
@@ -67,6 +33,11 @@ def figures(sums: Sequence[Mapping[str, Sums]]) -> list[dict[str, Figure]]:
     """The figures of every cell. `sums` are over the same rows in the same order, and are resampled alike."""
     draws = iter(resampled([of for cell in sums for of in cell.values()]))
     return [{name: Figure(total(of), next(draws)) for name, of in cell.items()} for cell in sums]
+
+
+def said_of(figure: Figure) -> str:
+    """In points: hundredths of a metric."""
+    return told("", figure.plain())
 
 
 def best(cells: Sequence[Cell], metric: str) -> Cell:
@@ -94,7 +65,7 @@ def verdict(cells: Sequence[Cell], metric: str, n: int) -> list[str]:
     if len(models) == 1:
         figure = tops[0].figures[metric]
         if not said:
-            said = [f"{tops[0]} scores {figure} points of {metric} on {n:,} rows."]
+            said = [f"{tops[0]} scores {said_of(figure)} points of {metric} on {n:,} rows."]
         if figure.value < 1:
             said.append(
                 f"Whether tuning gains some of the {100 * (1 - figure.value):.1f} points that are left: add a tuned model, "
@@ -112,15 +83,15 @@ def of_prompts(cells: Sequence[Cell], metric: str, n: int) -> str:
     """One model's best prompt against its others; nothing where it has but one."""
     top = best(cells, metric)
     edges = {cell.prompt: top.figures[metric] - cell.figures[metric] for cell in cells if cell is not top}
-    beaten = [f"{name} by {edge}" for name, edge in edges.items() if edge.told]
-    near = [f"{name} ({edge})" for name, edge in edges.items() if not edge.told]
+    beaten = [f"{name} by {said_of(edge)}" for name, edge in edges.items() if edge.told]
+    near = [f"{name} ({said_of(edge)})" for name, edge in edges.items() if not edge.told]
     if not edges:
         return ""
     if all(cell.figures[metric].value == 0 for cell in cells):
         return f"With {top.model}, no answer scores above 0 by {metric}, whatever the prompt."
     what = [f"beats {listed(beaten)}"] if beaten else []
     what += [f"cannot be told from {listed(near)} by these {n:,} rows"] if near else []
-    score = f"{top.figures[metric]} points of {metric}"
+    score = f"{said_of(top.figures[metric])} points of {metric}"
     return f"With {top.model}, the best prompt is {top.prompt}, {score}: it {', and '.join(what)}."
 
 
@@ -130,10 +101,10 @@ def of_models(a: Cell, b: Cell, metric: str, n: int) -> str:
     if edge.told:
         verb = "beats" if edge.value > 0 else "falls behind"
         size = edge if edge.value > 0 else Figure(-edge.value, -edge.draws)
-        return f"{a} {verb} {b}, the best of {b.model}, by {size} points."
+        return f"{a} {verb} {b}, the best of {b.model}, by {said_of(size)} points."
     if not edge.draws.any():
         return f"{a} scores as {b} does, row by row."
-    return f"These {n:,} rows cannot tell {a} from {b} ({edge} points){enough(edge, n)}."
+    return f"These {n:,} rows cannot tell {a} from {b} ({said_of(edge)} points){enough(edge, n)}."
 
 
 def enough(edge: Figure, n: int) -> str:
