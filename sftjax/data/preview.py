@@ -19,6 +19,7 @@ from rich.text import Text
 from sftjax.config import UserError
 from sftjax.data.classes import Classes
 from sftjax.data.pipeline import build
+from sftjax.data.prompts import Prompts, stream
 from sftjax.data.rows import OTHER, Rows
 from sftjax.data.stream import Stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
@@ -39,6 +40,7 @@ def preview(config: ConfigDict, console: Console, rows: int = 3) -> None:
     if new:
         console.print(Text(f"added to the tokenizer: {' '.join(new)}"))
     splits = build(config, chat, say=lambda line: console.print(Text(line), soft_wrap=True))
+    asked = stream(splits.train, config)
     plain = console.no_color or console.color_system is None
     for i in range(min(rows, len(splits.train))):
         console.print()
@@ -50,14 +52,26 @@ def preview(config: ConfigDict, console: Console, rows: int = 3) -> None:
                 console.print(Text(f"label: {chat.labels[ids[-1]]}", "bold"))
                 ids, weights = ids[:-1], weights[:-1]
             console.print(row_text(tokenizer, ids, weights, plain), soft_wrap=True)
+        if isinstance(asked, Prompts):
+            console.print(beside(splits.train, i), soft_wrap=True)
     console.print()
     console.print(counts(splits.report))
     console.print(histogram(splits.train.lengths), soft_wrap=True)
-    console.print(Text(packing(Stream(splits.train, config))), soft_wrap=True)
+    console.print(Text(prompting(asked) if isinstance(asked, Prompts) else packing(asked)), soft_wrap=True)
+
+
+def beside(rows: Rows, i: int) -> Text:
+    """What reward functions are given with an answer to a prompt."""
+    example = rows.example(i)
+    ends = (example.messages or ())[len(example.asked()) :]
+    expected = ends[0].content if ends else example.completion[1] if example.completion else None
+    given = {"expected": expected} | (example.columns or {})
+    lines = (f"{name}: {value}" for name, value in given.items() if value not in (None, ""))
+    return Text("\n".join(line if len(line) <= 200 else f"{line[:200]} ..." for line in lines), "dim")
 
 
 def title(rows: Rows, i: int) -> Text:
-    about = f"{rows.lengths[i]:,} tokens, {rows.trained[i]:,} trained"
+    about = f"{rows.lengths[i]:,} tokens" + (f", {rows.trained[i]:,} trained" if rows.trained[i] else "")
     return Text.assemble((rows.where(i), "bold"), f"  {about}")
 
 
@@ -136,6 +150,11 @@ def histogram(lengths: np.ndarray, most: int = 8) -> Text:
         bar = "█" * round(BAR * count / n.max()) or ("▏" if count else "")
         out.append(f"{i * width:>8,}-{(i + 1) * width - 1:<8,} {bar} {count:,}\n")
     return out
+
+
+def prompting(stream: Prompts) -> str:
+    each = f"{stream.batch_size} prompts" + (f" x {stream.samples} answers" if stream.samples > 1 else "")
+    return f"an epoch: {stream.bins / stream.batch_size:,.1f} steps of {each}; steps of the run: {stream.steps_total:,}"
 
 
 def packing(stream: Stream) -> str:

@@ -38,6 +38,7 @@ class Prompts(Stream):
                 f"train.batch_size={config.train.batch_size} counts answers, and is no multiple of grpo.num_generations={G}"
             )
         own.data.packing, own.train.batch_size = False, config.train.batch_size // G
+        self.samples = G
         super().__init__(rows, own)
 
     def batch(self, step: int) -> Any:

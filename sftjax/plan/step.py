@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sftjax import sharding, tree
+from sftjax.check import ROLLOUTS
 from sftjax.config import UserError, parts
 from sftjax.data.batch import Batch, Referred
 from sftjax.hf.load import load_config, read_json, resolve
@@ -99,6 +100,11 @@ def open_dry(config: ConfigDict, length: int | None = None, platform: str = "tpu
     """The job of a config whose `model.path` may be a directory with nothing but a config.json. Raises UserError."""
     if not config.model.path:
         raise UserError("model.path is empty; give a Hugging Face directory or hub id, e.g. --config.model.path=Qwen/Qwen3-0.6B")
+    if config.task in ROLLOUTS:
+        raise UserError(
+            f"--config.task={config.task}: answers that a policy makes while it trains are not planned yet; "
+            "--config.task=dpo with the same model, rows of data.max_length and a reference is nearest to its updates"
+        )
     if config.task not in LOSSES or (config.task == "classify" and config.classify.by == "head"):
         raise UserError(
             f"--config.task={config.task}: a model with a score head is not planned yet; "

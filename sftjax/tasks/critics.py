@@ -79,11 +79,11 @@ class Judge:
         self.after = closing(job.chat)
         self.rows = c.train.micro_batch or c.train.batch_size
         longest = max(int(part.lengths.max()) for part in (job.splits.train, job.splits.eval, job.splits.test) if len(part))
-        longest += c.ppo.max_completion_length + max(map(len, self.after))
+        longest += c[c.task].max_completion_length + max(map(len, self.after))
         if longest > max_length(config):
             raise UserError(
                 f"{self.path}: takes {max_length(config)} tokens, and a prompt with its answer may have {longest}; "
-                f"use a lower --config.ppo.max_completion_length or --config.data.max_length"
+                f"use a lower --config.{c.task}.max_completion_length or --config.data.max_length"
             )
         self.length = between(longest, 32)
         run = forward(self.decoder)

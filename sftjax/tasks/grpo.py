@@ -26,18 +26,30 @@ from ml_collections import ConfigDict
 from sftjax import tree
 from sftjax.config import UserError
 from sftjax.losses.policy import Rollouts, group_advantages, grpo, leave_one_out, normalised
+from sftjax.tasks.critics import Judge
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
-from sftjax.tasks.rollouts import Actor, Scorer, figures, named, rewards_of, summary
+from sftjax.tasks.rewards import Reward, Rewards, apart
+from sftjax.tasks.rollouts import Actor, Scorer, figures, named, summary
 from sftjax.train.step import State, Step, make_step, over_minibatches
 
 
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
     c = config.grpo
-    rewards = rewards_of(config, "grpo")
+    judges: list[Judge] = []
+
+    def model(directory: str) -> Reward:
+        if not (Path(directory).expanduser() / "adapter_config.json").is_file():
+            return apart(directory)
+        judges.append(Judge(directory))
+        return judges[-1]
+
+    rewards = Rewards(c.rewards, c.reward_weights, key="grpo.rewards", model=model)
     micro_batches = cut(config)
     job = Job(config, workdir, force=force)
+    for one in judges:  # adapters, over the policy's own base where that is theirs
+        one.sits(job)
     refer: Any = reference(job) if c.beta else None
     updates = c.num_iterations * c.num_mini_batches
     actor = Actor(job, c, rewards)

@@ -52,9 +52,7 @@ Reward = Callable[[Sequence[Answered]], Sequence[float | None]]
 class Rewards:
     """`Rewards("exact_match,length:20", "1,0.5")(answers)`. Raises UserError for what is no reward function."""
 
-    def __init__(
-        self, specs: Any, weights: Any = (), *, key: str = "grpo.rewards", model: Callable[[str], Reward] | None = None
-    ):
+    def __init__(self, specs: Any, weights: Any = (), *, key: str = "grpo.rewards", model: Callable[[str], Reward] | None = None):
         names = [str(spec).strip() for spec in parts(specs)]
         if not names:
             raise UserError(f"{key} names no reward function; e.g. --config.{key}=exact_match or --config.{key}=rewards.py:mine")
@@ -67,7 +65,7 @@ class Rewards:
             raise UserError(
                 f"{key.rpartition('.')[0]}.reward_weights: {len(self.weights)} weights for the {len(names)} functions of {key}"
             )
-        self.functions = {short(name, names): function(name, key, model or elsewhere) for name in names}
+        self.functions = {short(name, names): function(name, key, model or apart) for name in names}
 
     def __call__(self, answers: Sequence[Answered]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(rewards [N], {function: its rewards [N], nan where it has none}). Raises UserError where a function is at fault."""
@@ -127,7 +125,7 @@ def near(text: str, key: str) -> Reward:
     return lambda answers: [max(0.0, 1 - abs(len(a.ids) - n) / n) for a in answers]
 
 
-def elsewhere(directory: str) -> Reward:
+def apart(directory: str) -> Reward:
     """A reward model apart from the policy: it has a tokenizer, a template and memory of its own."""
     scores = load(directory)
     sequences.refuse_no_reward(scores)

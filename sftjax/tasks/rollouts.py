@@ -25,7 +25,7 @@ from sftjax.generate.shapes import between
 from sftjax.losses.policy import tempered
 from sftjax.losses.tokens import Forward, logprobs, shift
 from sftjax.tasks.job import Job, eval_rows
-from sftjax.tasks.rewards import Answered, Rewards
+from sftjax.tasks.rewards import Answered
 from sftjax.train.loop import to_devices
 from sftjax.train.meter import Tally
 from sftjax.train.run import read_metrics
@@ -164,8 +164,3 @@ def summary(job: Job, tally: Tally) -> dict[str, Any]:
         job.say("a step: " + ", ".join(f"{name} {x:.2f} s" for name, x in seconds.items()) + " (medians)")
     kl = [line["kl"] for line in lines[-RECENT:] if line.get("kl") is not None]
     return tally.rewards() | ({"kl": float(np.mean(kl))} if kl else {}) | {"seconds_a_step": seconds}
-
-
-def rewards_of(config: Any, task: str) -> Rewards:
-    """The reward functions that the task's group of the config names."""
-    return Rewards(config[task].rewards, config[task].reward_weights, key=f"{task}.rewards")

@@ -100,7 +100,7 @@ def histogram(title: str, edges: Sequence[float], groups: list[tuple[str, str, S
 
 def ticks(low: float, high: float, about: int = 4, whole: bool = False) -> list[float]:
     """Round values (1, 2, 5 times a power of ten) from at most `low` to at least `high`."""
-    if high <= low:
+    if high - low <= 1e-9 * abs(low):  # a mean of equal numbers may differ from them in its last digit
         high = low + (abs(low) or 1.0)
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))

@@ -102,3 +102,18 @@ def slowing(points: Points, step: float) -> float:
     slower = (y1 - y2) * (x1 - x0) / ((y0 - y1) * (x2 - x1))  # slope by slope, from the middle of one stretch to the other's
     ratio = slower ** (2 * (x2 - x1) / (x2 - x0))  # the same from x1 to x2
     return y2 + (y1 - y2) * (ratio ** ((step - x1) / (x2 - x1)) - ratio) / (1 - ratio)
+
+
+def rewarded(evals: Points) -> Fit:
+    """The verdict on a policy, by the rewards of held-out prompts' answers."""
+    (_, first), (_, last) = evals[0], evals[-1]
+    best_step, best = max(evals, key=lambda point: point[1])
+    told = f"from {first:.3f} to {last:.3f}"
+    if len(evals) < 2:
+        return Fit("unknown", "Too few evaluations to tell", "One evaluation: set --config.train.eval_every lower.")
+    if last > first:
+        end = "" if last == best else f"; it was highest at step {best_step}, {best:.3f}"
+        text = f"It rose {told}{end}. Read the answers too: a policy finds what a reward pays for, and not what was meant."
+        return Fit("good", "The held-out reward rose", text, best_step)
+    text = f"It went {told}. Where the spread of rewards is near 0 there is nothing to learn from; else raise --config.optim.lr."
+    return Fit("flat" if last == first else "worse", "The held-out reward did not rise", text, best_step)

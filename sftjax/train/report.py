@@ -18,15 +18,17 @@ from sftjax.config import UserError
 from sftjax.evaluate import table
 from sftjax.evaluate.figures import verdict
 from sftjax.train import chart, tables
-from sftjax.train.fit import judge
+from sftjax.train.fit import judge, rewarded
 from sftjax.train.manifest import leaves, show
 from sftjax.train.progress import compact, duration
 from sftjax.train.run import clean, full_disk, lines, read_json, read_metrics, replace
 
 SHOWN_SAMPLES = 200
+EXACT = (("fixed", "wrong → correct"), ("kept", "correct in both"), ("broken", "correct → wrong"), ("missed", "wrong in both"))
+REWARDED = (("fixed", "earns more"), ("kept", "earns the same"), ("broken", "earns less"))
 SHOWN_TEXT = 4000  # characters of a prompt or an answer
 # what a task's loss is a mean over; of the others, trained tokens
-COUNTED = {"dpo": "pair", "kto": "answer", "classify by head": "text", "reward": "pair"}
+COUNTED = {"dpo": "pair", "kto": "answer", "grpo": "answer", "ppo": "action", "classify by head": "text", "reward": "pair"}
 
 
 def write_report(workdir: str | Path) -> Path:
@@ -54,7 +56,8 @@ def view(workdir: Path) -> dict[str, Any]:
     train, evals = ([line for line in metrics if line["kind"] == kind] for kind in ("train", "eval"))
     data, device = manifest.get("data", {}), manifest.get("device", {})
     total = summary.get("steps") or max((line["step"] for line in metrics), default=None)
-    fit = judge(real(train, "loss"), real(evals, "loss"), total)
+    earned = real(evals, "reward")
+    fit = rewarded(earned) if earned else judge(real(train, "loss"), real(evals, "loss"), total)
     return {
         "title": Path(str(config.get("model.path") or workdir.name)).name,
         "kicker": [str(config[key]) for key in ("task", "method") if config.get(key)],
@@ -65,7 +68,7 @@ def view(workdir: Path) -> dict[str, Any]:
         "facts": facts(summary),
         "fit": fit,
         "loss": loss_chart(train, evals, fit.best_step, what_runs(config)),
-        "preferences": [c for c in preference_charts(train, evals) if c],
+        "preferences": [c for c in (*policy_charts(train, evals), *preference_charts(train, evals)) if c],
         "charts": [c for c in small_charts(train) if c],
         "bad_steps": sum(1 for line in train if line.get("loss") is None),
         "confusion": tables.confusion(summary),
@@ -93,6 +96,7 @@ def headlines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """What changed from before training to after: label, before, after, and whether that is better."""
     out = []
     for label, key, form, sign in (
+        ("Held-out reward", "reward", lambda x: f"{x:.3f}", 1),
         ("Evaluation loss", "eval_loss", loss_text, -1),
         ("Test loss", "test_loss", loss_text, -1),
         ("Exact match", "exact_match", percent, 1),
@@ -117,6 +121,7 @@ def facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Tokens", "tokens", compact),
         ("Trained tokens", "trained_tokens", compact),
         ("Tokens/s", "tokens_per_s", compact),
+        ("KL from the reference", "kl", lambda x: f"{x:.3g}"),
         ("MFU", "mfu", percent),
         ("Time", "total_s", duration),
         ("Compiling", "compile_s", duration),
@@ -173,7 +178,41 @@ def preference_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) 
         chart.lines("Margin: chosen over rejected reward", both("rewards/margins"), zero=True),
         chart.lines("Accuracy: pairs whose chosen reward is higher", both("rewards/accuracies"), zero=True),
         chart.lines("Accuracy: texts whose own label scores highest", both("accuracy"), zero=True),
-        chart.lines("KL from the reference, KTO's baseline", both("kl"), zero=True),
+        chart.lines("KL from the reference", both("kl"), zero=True),
+    ]
+
+
+def policy_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> list[chart.Chart | None]:
+    """What a policy earns and how it changes; nothing of a run without rewards."""
+    if not real(train, "reward"):
+        return []
+
+    def both(metric: str) -> list[chart.Series]:
+        series = [chart.Series("of the policy's answers, smoothed", chart.smooth(points(train, metric)), "train")]
+        return [*series, chart.Series("held out", points(evals, metric), "eval", dots=True)]
+
+    def alone(**metrics: str) -> list[chart.Series]:
+        looks = ("train", "eval")
+        return [chart.Series(name, points(train, metric), look) for (name, metric), look in zip(metrics.items(), looks)]
+
+    functions = [name for name in train[-1] if name.startswith("rewards/")]
+    each = functions if len(functions) > 1 else []
+    return [
+        chart.lines("Reward of an answer", both("reward")),
+        *(chart.lines(f"Reward by {name.removeprefix('rewards/')}", both(name)) for name in each),
+        chart.lines(
+            "Spread of the rewards: without one there is nothing to learn",
+            [chart.Series("std", points(train, "reward_std"), "train")],
+            zero=True,
+        ),
+        chart.lines("Entropy of a token, nats", [chart.Series("entropy", points(train, "entropy"), "train")], zero=True),
+        chart.lines("Share of clipped actions", alone(policy="clip_fraction", value="value_clip_fraction"), zero=True),
+        chart.lines("Tokens of an answer", both("length"), zero=True),
+        chart.lines("Share of answers that stopped by themselves", both("stopped"), zero=True),
+        chart.lines("KL of a step's updates, nats a token", alone(KL="approx_kl"), zero=True),
+        chart.lines("Share of the returns' variance that the value explains", alone(share="explained_variance")),
+        chart.lines("Loss of the policy, and of the value", alone(policy="policy_loss", value="value_loss")),
+        chart.lines("Coefficient of the KL penalty", alone(kl_coef="kl_coef"), zero=True),
     ]
 
 
@@ -208,20 +247,28 @@ def samples(path: Path) -> dict[str, Any] | None:
     fates = {(False, True): "fixed", (True, True): "kept", (True, False): "broken", (False, False): "missed"}
     cards = []
     for row in rows:
-        fate = fates[bool(row.get("exact_base")), bool(row.get("exact_tuned"))]
+        fate = by_reward(row) if "reward_tuned" in row else fates[bool(row.get("exact_base")), bool(row.get("exact_tuned"))]
         texts = {name: text(row.get(name)) for name in ("prompt", "expected", "base", "tuned")}
+        texts |= {f"{m}_reward": f"{row[f'reward_{m}']:.3f}" if f"reward_{m}" in row else "" for m in ("base", "tuned")}
         stopped = {f"{model}_stopped": bool(row.get(f"{model}_stopped", True)) for model in ("base", "tuned")}
         cards.append({**texts, **stopped, "fate": fate})
     counts = {fate: sum(card["fate"] == fate for card in cards) for fate in ("fixed", "kept", "broken", "missed")}
     stops = [sum(bool(card[f"{model}_stopped"]) for card in cards) / len(cards) for model in ("base", "tuned")]
     return {
         "total": len(cards),
+        "words": REWARDED if "reward_tuned" in rows[0] else EXACT,
         "counts": counts,
         "shares": {fate: 100 * n / len(cards) for fate, n in counts.items()},
         "cards": cards[:SHOWN_SAMPLES],
         "stop_before": percent(stops[0]),
         "stop": percent(stops[1]),
     }
+
+
+def by_reward(row: Mapping[str, Any]) -> str:
+    """Of an answer with a reward: it earns more than before, less, or the same."""
+    before, after = row["reward_base"], row["reward_tuned"]
+    return "fixed" if after > before else "broken" if after < before else "kept"
 
 
 def timeline(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
