@@ -27,7 +27,18 @@ SHOWN = 10  # rows named in an error; fewer where it is only said
 class Ledger:
     """Every row of every store, side by side: where it is, how much of it is used, and its fate."""
 
-    def __init__(self, stores: Sequence[Store], *, max_length: int, on_overlong: str, fill: bool, want: str = "answers"):
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        *,
+        max_length: int,
+        on_overlong: str,
+        fill: bool,
+        want: str = "answers",
+        others: bool = True,
+    ):
+        """`others`: of labels, beside each answer its prompt with another row's, which KTO's baseline is made of."""
+        self.others = others and want == "labels"
         self.stores, self.max_length, self.fill, self.want = stores, max_length, fill, want
         self.store = np.repeat(np.arange(len(stores)), [len(s) for s in stores])
         self.index = np.concatenate([np.arange(len(s)) for s in stores])
@@ -77,7 +88,7 @@ class Ledger:
         rows = Rows(self.stores, store, index, lengths, trained, shares, self.fill, SLOTS.get(self.want, 2 * most))
         if self.want == "classes":
             return replace(rows, labelled=True)
-        return with_others(rows, self.prompt[keep], self.max_length) if self.want == "labels" else rows
+        return with_others(rows, self.prompt[keep], self.max_length) if self.others else rows
 
     def counts(self) -> dict[str, Any]:
         """{"read", "kept", "dropped": {reason: rows}, "truncated", "unterminated"}; read is the sum of the others."""

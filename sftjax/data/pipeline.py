@@ -84,7 +84,8 @@ def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None 
     stores = [o.store for o in opened]
     training = len(sources(data.train))
     fill = config.task == "pretrain" and data.packing
-    ledger = Ledger(stores, max_length=room(config, want), on_overlong=data.on_overlong, fill=fill, want=want)
+    others = config.kto.loss == "kto"  # apo_zero_unpaired has no baseline
+    ledger = Ledger(stores, max_length=room(config, want), on_overlong=data.on_overlong, fill=fill, want=want, others=others)
     if data.on_bad_row == "error":
         fail_on(ledger.rejected)
     if data.on_overlong == "error":

@@ -245,6 +245,9 @@ def test_anothers_answer_never_makes_a_row_too_long_and_a_row_alone_has_none(tmp
     got = run(c, "kto").train
     assert got.lengths.max() <= 256 and {len(got.parts(i)) for i in range(len(got))} == {1, 2}
     assert all(sum(len(p.ids) for p in got.parts(i)) == got.lengths[i] for i in range(len(got)))
+    c.kto.loss = "apo_zero_unpaired"  # which has no baseline to make of them
+    without = run(c, "kto").train
+    assert {len(without.parts(i)) for i in range(len(without))} == {1} and len(without) == len(got)
     alone = run(config(tmp_path, [labelled(1)], split=(1, 0, 0)), "kto").train
     assert len(alone.parts(0)) == 1
 

@@ -15,6 +15,8 @@ from sftjax.config import UserError
 from sftjax.losses import dpo, kto
 from sftjax.losses.dpo import each_pair
 from sftjax.losses.preference import DIVERGENCES, LOSSES, UNPAIRED
+from sftjax.plan.flops import count
+from sftjax.plan.step import open_dry
 from sftjax.tasks.dpo import OPTIONS, options
 from sftjax.tasks.evaluate import evaluate_run
 from sftjax.tasks.export import export
@@ -226,6 +228,16 @@ def test_held_out_prompts_are_answered_and_a_run_is_evaluated_as_training_evalua
     assert figures["loss"]["tuned"]["value"] == pytest.approx(summary["test_loss"], rel=1e-4)
     assert figures["loss"]["rows"] == found["rows"] and found["answered"] == 2 and "exact_match" in figures
     assert "log-prob, chosen" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_plan_knows_that_nothing_is_kept_and_nothing_computed_twice(world):
+    live, kept = (
+        open_dry(world(method="full", **{"dpo.precompute_ref_log_probs": precomputed}), 128) for precomputed in (False, True)
+    )
+    assert tree.count(live.frozen) - tree.count(kept.frozen) == tree.count(live.trainable)
+    assert len(kept.batch) == len(live.batch) + 1
+    flops = [count(job.step, job.state, job.frozen, job.batch).flops for job in (live, kept)]
+    assert flops[1] < 0.85 * flops[0]
 
 
 REACHED = {  # option of a loss -> a config that wants it
