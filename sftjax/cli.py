@@ -170,13 +170,13 @@ def train(args: argparse.Namespace) -> None:
     from sftjax.join import join
     from sftjax.tasks.export import FORMS
 
-    keep_compilations()
+    keep_compilations(args.workdir)
     config = load_config(args)
     join(args.coordinator, args.num_processes, args.process_id)
     summary = tasks.train(config, args.workdir, force=args.force)
     if not hosts.first():
         return
-    for name in dict.fromkeys(("eval_loss", "exact_match", *parts(config.eval.metrics), "accuracy", "margin")):
+    for name in dict.fromkeys(("reward", "eval_loss", "exact_match", *parts(config.eval.metrics), "accuracy", "margin")):
         if summary.get(name) is not None and summary.get(f"{name}_before") is not None:
             print(f"{name.replace('_', ' ')}: {summary[f'{name}_before']:.4f} -> {summary[name]:.4f}")
     print(f"report: {args.workdir}/report.html")
@@ -203,7 +203,7 @@ def eval_(args: argparse.Namespace) -> None:
         refuse_keys(args.overrides)
     metrics = parts(args.metrics or "")
     refuse_metrics(metrics, "--metrics")
-    keep_compilations()
+    keep_compilations(args.workdir)
     if args.config:
         config = load_config(args)
     else:
@@ -299,7 +299,7 @@ def eval_scored(args: argparse.Namespace, config: Any, adapter: str | None, quan
 
 def export_(args: argparse.Namespace) -> None:
     check_export(args)
-    keep_compilations()
+    keep_compilations(args.workdir)
     shared = {"to": args.to, "out": args.out, "dtype": args.dtype}
     quantize = None
     if args.workdir:
@@ -408,12 +408,14 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
 
 
-def keep_compilations() -> None:
-    """What XLA compiled is kept between runs, in ~/.cache/sftjax/xla or JAX_COMPILATION_CACHE_DIR."""
+def keep_compilations(workdir: str | None = None) -> None:
+    """What XLA compiled is kept between runs: in .xla beside the run's directory, or in ~/.cache/sftjax/xla without a run;
+    JAX_COMPILATION_CACHE_DIR says otherwise."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/sftjax/xla"))
+        beside = f"{os.path.dirname(workdir.rstrip('/')) or '.'}/.xla" if workdir else "~/.cache/sftjax/xla"
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(beside))
 
 
 VERBS = {

@@ -39,8 +39,8 @@ def default() -> ConfigDict:
     c.model.trust_remote_code = False  # lets the tokenizer run code from the checkpoint
     c.model.adapter = placeholder(str)  # an adapter's directory to go on from: PEFT's (lora), or an export of method adapter
     c.model.quantize = placeholder(str)  # frozen kernels in fewer bits: nf4 (QLoRA, arXiv:2305.14314) | int8; None = as they are
-    # compute dtype: float32 | bfloat16 | float16, with a dynamic loss scale; None = bfloat16 on accelerators (float16 on GPUs that
-    # have none, such as a T4), float32 on CPU
+    # compute dtype: float32 | bfloat16 | float16, with a dynamic loss scale; None = bfloat16 on accelerators (float16 on GPUs
+    # that have none, such as a T4), float32 on CPU
     c.model.dtype = placeholder(str)
     c.model.scan = True  # one compiled layer body; False unrolls it
     # the backward pass recomputes: none = nothing, dots = all but products and attention, full = each layer from its input,

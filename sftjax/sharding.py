@@ -120,7 +120,7 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 def parts(weight: Any, axes: tuple[str | None, ...], spec: Callable[[tuple[str | None, ...]], Any]) -> Any:
     """A tree of `weight`'s shape: spec(logical axes) of each of its arrays, where `axes` are those of the kernel."""
-    if not dataclasses.is_dataclass(weight):
+    if not dataclasses.is_dataclass(weight) or isinstance(weight, type):
         return spec(axes)
     each = weight.axes(axes)  # type: ignore[attr-defined]  # a kind says which axes its parts have, and kinds nest
     return dataclasses.replace(weight, **{part: parts(getattr(weight, part), a, spec) for part, a in each.items()})

@@ -159,7 +159,7 @@ FILE = "from sftjax.config import default\ndef get_config():\n    c = default()\
         'c.method, c.freeze.train = "freeze", ("bias", "norm")',
         'c.method, c.adapter.targets = "adapter", ("o_proj",)',
         'c.tokens.train = "<tool>"',
-        'c.dpo.loss = {"sigmoid": 1.0, "sft": 0.2}',
+        'c.task, c.dpo.loss = "dpo", {"sigmoid": 1.0, "sft": 0.2}',
         'c.lora.rank_pattern = {"q_proj": 4}',
         'c.lora.alpha_pattern = {"q_proj": 4}',
         "c.train.steps = 7",

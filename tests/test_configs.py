@@ -7,6 +7,7 @@ import pytest
 import toy as worlds
 
 from sftjax import tasks
+from sftjax.check import ROLLOUTS
 from sftjax.config import load
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -23,7 +24,7 @@ def data(toy, tmp_path_factory):
         csv.writer(f).writerows([("text", "label"), *rows])
     pairs = [{"prompt": f"Is {i} even?", "chosen": ("Yes.", "No.")[i % 2], "rejected": "Who knows?"} for i in range(40)]
     preferences = worlds.write_rows(folder / "pairs.jsonl", pairs)
-    found = {"pretrain": text, "classify": labels, "sft": toy.data}
+    found = {"pretrain": text, "classify": labels, **dict.fromkeys(("sft", *ROLLOUTS), toy.data)}
     return found | dict.fromkeys(("dpo", "kto", "reward"), preferences)
 
 
@@ -37,13 +38,20 @@ def test_config_runs(name, toy, data, tmp_path):
         "data.max_length": 128,
         "train.steps": 2,
         "train.batch_size": 4,
-        "eval.generate": min(config.eval.generate, 2),
-        "eval.max_new_tokens": 4,
         "mesh.data": 1,
     }
+    task = config.task
+    if task in ROLLOUTS:
+        changes |= {f"{task}.rewards": "length:4", f"{task}.reward_weights": (), f"{task}.max_completion_length": 4}
+        changes |= {"grpo.num_generations": 2} if task == "grpo" else {}
+    else:
+        changes |= {"eval.generate": min(config.eval.generate, 2), "eval.max_new_tokens": 4}
     if config.train.micro_batch:
         changes["train.micro_batch"] = 2
     summary = tasks.train(load(CONFIGS / f"{name}.py", [f"{k}={v}" for k, v in changes.items()]), tmp_path / "run")
     assert summary["steps"] == 2
-    assert summary["eval_loss"] < summary["eval_loss_before"] + 0.5
+    if task in ROLLOUTS:
+        assert summary["reward"] >= 0
+    else:
+        assert summary["eval_loss"] < summary["eval_loss_before"] + 0.5
     assert (tmp_path / "run" / "report.html").is_file()

@@ -52,7 +52,7 @@ def begin(toy, folder, workdir, count, ends=(), flags=()):
     ]
 
 
-def ended(lives, folder, within=120):
+def ended(lives, folder, within=600):
     """Exit codes, and what each printed."""
     for life in lives:
         life.join(within)

@@ -12,7 +12,7 @@ import pytest
 from sftjax import cli, tree
 from sftjax.config import UserError
 from sftjax.models.decoder import REMAT
-from sftjax.plan import exact, flops, memory, report
+from sftjax.plan import exact, flops, memory, report, speed
 from sftjax.plan.chips import CHIPS, parse
 from sftjax.plan.step import compiling_for, mesh_sizes, open_dry
 from sftjax.train.progress import model_flops_per_token
@@ -268,6 +268,18 @@ def test_a_shard_is_its_share(tmp_path):
     assert split.rows == alone.rows / 4
 
 
+def test_a_row_and_the_experts_have_shares(tmp_path):
+    alone = estimator("gate_moe", tmp_path, mesh_data=1)
+    c, _ = golden_plan.config("gate_moe", tmp_path)
+    c.mesh.data, c.mesh.sequence, c.mesh.expert = 1, 2, 4
+    split = memory.Estimator(alone.job, mesh_sizes(c, 8))
+    assert split.tokens() == alone.tokens() / 8
+    experts = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(alone.job.params["layers"]["mlp"]["experts"]))
+    assert split.frozen == pytest.approx(alone.frozen - 3 / 4 * experts)
+    assert split.at().peak < alone.at().peak
+    assert speed.exchanged(alone) == 0 < speed.exchanged(split)
+
+
 def test_the_largest_batch_just_fits(tmp_path):
     on = estimator("gate_sft", tmp_path)
     rows = report.largest(on, 2**30)
@@ -363,8 +375,20 @@ def test_steps_compile_for_tpus(case, tmp_path):
     if case not in GOLDEN:
         pytest.skip(f"python tests/golden_plan.py {case} has not been run")
     m, compiled, job = golden_plan.compile_case(case, tmp_path)
-    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.state))
-    program = compiled.as_text()
-    assert m.aliased >= state and "input_output_alias" in program
-    assert "tpu_custom_call" in program and "splash_attention" in program
+    offloaded = memory.Estimator(job, mesh_sizes(job.config, 1)).offloaded  # the host's are no memory of the chip
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.state)) - offloaded
+    assert m.aliased >= state and (offloaded > 0) == job.config.optim.offload
     assert m.peak <= 1.05 * GOLDEN[case]["peak"]
+    if not case.startswith(("gate_8bit", "gate_offload")):  # of copies to the host, and of bits, jax cannot read the text
+        program = compiled.as_text()
+        assert "input_output_alias" in program and "tpu_custom_call" in program and "splash_attention" in program
+
+
+@pytest.mark.parametrize("case", ["gate_8bit", "gate_offload"])
+def test_moments_that_take_less_are_planned(case, tmp_path):
+    """As the compiler has them among what the step is given: in 8 bits, and in the host's memory, not at all."""
+    on = estimator(case, tmp_path)
+    assert on.trained + on.frozen + on.optimiser == pytest.approx(GOLDEN[case]["arguments"], rel=0.02)
+    assert on.offloaded == (2 * on.trained if case == "gate_offload" else 0)
+    wide = estimator(case, tmp_path, optim_name="adamw", optim_offload=False)
+    assert on.optimiser < 0.6 * wide.optimiser and on.at(rows=64).peak < wide.at(rows=64).peak

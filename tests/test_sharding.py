@@ -14,7 +14,7 @@ from tiny import assert_trees_close, batch, config, params
 
 from sftjax import sharding, tree
 from sftjax.config import UserError, default
-from sftjax.losses import dpo, masked_xent
+from sftjax.losses import dpo, masked_xent, neftune
 from sftjax.models import moe
 from sftjax.models.config import Experts
 from sftjax.models.decoder import Decoder, forward
@@ -70,7 +70,7 @@ EVERYTHING = ("full", "mixture")
 
 def compiled(loss, trainable, frozen, b):
     """The loss and its gradient. Unoptimised: what is compiled once and runs once, for milliseconds."""
-    step = jax.jit(jax.value_and_grad(lambda t, f, b: loss(tree.join(t, f), b, None)[0]))
+    step = jax.jit(jax.value_and_grad(lambda t, f, b: loss(tree.join(t, f), b, jax.random.key(1))[0]))
     return step.lower(trainable, frozen, b).compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -78,6 +78,8 @@ def make_loss(method):
     c = METHODS[method][0]
     if method == "dpo":
         return dpo(forward(Decoder(c)), reference=without)
+    if method == "lora":
+        return masked_xent(neftune(forward(Decoder(c)), alpha=5))
     return masked_xent(forward(Decoder(c, remat="dots")), router_balance=0.1 if c.experts else 0.0)
 
 

@@ -13,7 +13,7 @@ import queue
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,8 +143,8 @@ def eval_batches(rows: Rows, batch_size: int, max_length: int, mine: Sequence[in
         yield made(rows, [bins[at + i] if at + i < len(bins) else [] for i in mine], length)
 
 
-def prefetch(stream: Stream, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for steps start..stop-1, assembled in a thread that stays `depth` ahead."""
+def prefetch(batch: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Any]]:
+    """(step, batch(step)) for steps start..stop-1, assembled in a thread that stays `depth` ahead."""
     ready: queue.Queue = queue.Queue(depth)
     closed = threading.Event()
 
@@ -160,7 +160,7 @@ def prefetch(stream: Stream, start: int, stop: int, depth: int = 2) -> Iterator[
             for step in range(start, stop):
                 if closed.is_set():
                     return
-                put((step, stream.batch(step)))
+                put((step, batch(step)))
             put(None)
         except Exception as e:  # handed to whoever is waiting for the batch
             put(e)

@@ -28,14 +28,14 @@ EPS = 1e-4  # in a group's spread: of answers that all earn the same, none is be
 class Rollouts(NamedTuple):
     """A Batch of what a policy did and what came of it."""
 
-    tokens: Array
-    weights: Array  # what an action's loss is multiplied with ...
-    segments: Array
-    positions: Array
-    counts: Array  # ... and what it adds to the number that the sum is divided by: `normalised`
-    logps: Array  # log pi_old(a_t | s_t), of the policy that chose
-    advantages: Array
-    reference: Array  # log pi_ref(a_t | s_t)
+    tokens: Any
+    weights: Any  # what an action's loss is multiplied with ...
+    segments: Any
+    positions: Any
+    counts: Any  # ... and what it adds to the number that the sum is divided by: `normalised`
+    logps: Any  # log pi_old(a_t | s_t), of the policy that chose
+    advantages: Any
+    reference: Any  # log pi_ref(a_t | s_t)
 
 
 def gae(rewards: Array, values: Array, mask: Array, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Array, Array]:

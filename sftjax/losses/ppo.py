@@ -126,7 +126,8 @@ def experience(
     }
     if whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Experience(batch[0], mask, *batch[2:], logps, values, advantages, returns), metrics
+    tokens, _, segments, positions = batch
+    return Experience(tokens, mask, segments, positions, logps, values, advantages, returns), metrics
 
 
 def spread(x: Array, mask: Array) -> Array:

@@ -62,7 +62,7 @@ def _flash_bwd(how, residuals, do):
     q, k, v, segments = residuals
 
     def back(fn: Attend) -> Callable[..., tuple[Array, Array, Array]]:
-        return lambda q, k, v, do: jax.vjp(lambda *qkv: fn(*qkv, segments), q, k, v)[1](do)
+        return lambda q, k, v, do: jax.vjp(lambda q, k, v: fn(q, k, v, segments), q, k, v)[1](do)
 
     kernel = partial(packed if packs else alone, scale=scale)
     return *jax.lax.cond(fits(segments, packs), back(kernel), back(otherwise), q, k, v, do), None

@@ -85,9 +85,10 @@ def kept(job: Dry, remat: str) -> Kept:
     return Kept(token, split, constant)
 
 
-def total(part: Any) -> float:
-    """Bytes on one chip of a tree of shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part))
+def total(part: Any, host: bool = False) -> float:
+    """Bytes on one chip of a tree of shapes with shardings; with `host`, in the host's memory for it."""
+    here = [x for x in jax.tree.leaves(part) if (x.sharding.memory_kind == "pinned_host") == host]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 @dataclass
@@ -103,6 +104,7 @@ class Estimator:
         state, frozen, _ = placed(job, mesh)
         self.parameters = by_kind(frozen, state.trainable)
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
+        self.offloaded = total(state.opt_state, host=True)
         self.wide = wide_kernel(job, self.sizes)
         # a tied head's gradient and the embedding's are two until they are summed
         self.tied = total(state.trainable["embed"]) if job.source_config.tied else 0.0
@@ -143,6 +145,8 @@ class Estimator:
         parts[f"activations kept (remat={remat})"] = keeps
         parts["logits block"] = logits
         parts["temporaries of a layer"] = max(layer, hidden)
+        if self.offloaded:  # all of it comes for the update, when these are gone
+            parts["optimiser, in passing"] = max(0.0, self.offloaded - keeps - logits - parts["temporaries of a layer"])
         parts["program"] = PROGRAM
         return Memory(parts)
 

@@ -152,6 +152,8 @@ def memory(on: Estimator, where: Topology, say: Say) -> dict[str, Any]:
     each = [f"{name}{' (this)' * (name == remat)} {kept[name] / of:.2f}, peak {peaks[name] / of:.2f}" for name in POLICIES]
     say(f"  kept by --config.model.remat: {'; '.join(each)}")
     rows = largest(on, has)
+    if on.offloaded:
+        say(f"  in the host's memory for each chip, between updates: {on.offloaded / of:.2f} {unit} of optimiser")
     if rows:
         say(f"  largest micro-batch that fits: {rows * on.shards:,} rows of {on.job.length:,} tokens, {rows:,} a chip")
     return {"memory": m.parts, "peak": m.peak, "fits": fits, "remat": peaks, "largest_micro_batch": rows * on.shards}

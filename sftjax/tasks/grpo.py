@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -63,7 +64,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     def collect(step: int, state: State, prompts: np.ndarray) -> tuple[Rollouts, dict[str, float]]:
         began = time.perf_counter()
         params = tree.join(state.trainable, job.frozen)
-        answers = actor.sample(params, job.splits.train, prompts, step, c.num_generations)
+        answers = actor.sample(params, job.splits.train, prompts.tolist(), step, c.num_generations)
         sampled = time.perf_counter()
         earned, each = rewards(answers)
         stopped = np.array([a.stopped for a in answers])
@@ -99,12 +100,14 @@ def cut(config: ConfigDict) -> int:
 
 def experience(batch: Any, groups: np.ndarray, stopped: np.ndarray, c: ConfigDict) -> Rollouts:
     """The answers [N, T] with what each of their actions is worth, by the rewards [P, G] of prompts and their answers."""
+    rewards = jnp.asarray(groups, jnp.float32)
     if c.advantage == "rloo":
-        advantages = leave_one_out(groups.astype(np.float32))
+        advantages = leave_one_out(rewards)
     else:
-        advantages = group_advantages(groups.astype(np.float32), scale=c.scale_rewards)
+        advantages = group_advantages(rewards, scale=c.scale_rewards)
     mask = batch.weights * (stopped[:, None] if c.mask_truncated_completions else 1)
     weights, counts = normalised(mask.astype(np.float32), c.loss_type, longest=c.max_completion_length)
     nothing = np.zeros_like(batch.weights)
     worth = np.reshape(advantages, (-1, 1)) * mask
-    return jax.device_get(Rollouts(*batch._replace(weights=weights), counts, nothing, worth, nothing))
+    tokens, _, segments, positions = batch
+    return jax.device_get(Rollouts(tokens, weights, segments, positions, counts, nothing, worth, nothing))

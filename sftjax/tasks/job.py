@@ -163,6 +163,7 @@ class Job:
             "steady_tokens_per_s": self.steady or None,
             "mfu": mfu(self.steady, self.flops, jax.devices()[0].device_kind, self.mesh.size) or None,
             "compile_s": tally.compile_s,
+            "first_step_s": tally.first_step_s,
             "total_s": time.perf_counter() - self.began,
             "peak_memory_mib": peak_memory_mib(),
             "trainable_parameters": tree.count(self.trainable),

@@ -1,9 +1,11 @@
 """Adam's two moments in 8 bits each, quantised by blocks: arXiv:2110.02861.
 
-    m = s * sign(c) (|c| / 127)^3      v = s * (c / 255)^4      c in 8 bits, s the largest of its block, float32
+    m = s * sign(c) (|c| / 127)^3      v = s * (c / 255)^4      c in 8 bits, s of a block of 256, float32
 
-Like the paper's, the codes lie close together near 0 and reach over seven decades; a power needs no table to look them up in.
-Within an order of magnitude of s the error is at most 3 % of m and 3 % of v's root, in which steps are measured.
+Like the paper's, the codes lie close together near 0 and reach over many decades; a power needs no table to look them up in.
+Within an order of magnitude of s the error is at most 3 % of m and 3 % of v's root, in which steps are measured. s follows the
+block's largest gradient as its moment does each one, and so bounds it: the new moments need not be there before s is, and an
+update is one fused loop, with nothing in float32 kept.
 
 A step changes v by a thousandth, less than half of what lies between two codes: rounded to the nearest it would never move.
 So v is rounded up or down at random, in proportion, by a hash of (place, step): its mean is right, and a resumed run's is the
@@ -28,7 +30,7 @@ LEAST = 4096  # numbers of an array; smaller ones, and vectors, keep float32 as 
 class EightBitState(NamedTuple):
     """Codes of their parameters' shapes, so that they lie where those lie; scales [..., blocks] or [..., blocks, out]."""
 
-    count: Array  # int32
+    count: Array  # type: ignore[assignment]  # int32; a tuple has a method of this name
     mu: Any  # int8
     mu_scale: Any
     nu: Any  # uint8
@@ -51,18 +53,18 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
         def one(g: Array, *old: Array) -> tuple[Array, ...]:
             mu, mu_scale, nu, nu_scale = old
-            g = cut(g.astype(jnp.float32))
-            m = b1 * signed(cut(mu), widened(mu_scale, g)) + (1 - b1) * g
-            v = b2 * unsigned(cut(nu), widened(nu_scale, g)) + (1 - b2) * jnp.square(g)
+            g, axis = cut(g.astype(jnp.float32)), block(mu.shape)[0]
+            m = b1 * signed(cut(mu), widened(mu_scale, axis)) + (1 - b1) * g
+            v = b2 * unsigned(cut(nu), widened(nu_scale, axis)) + (1 - b2) * jnp.square(g)
             step = (m / correction[0]) / (jnp.sqrt(v / correction[1]) + eps)
-            axis = block(mu.shape)[0]
-            mu_top, nu_top = jnp.abs(m).max(axis, keepdims=True), v.max(axis, keepdims=True)
-            new = step, to_signed(m, mu_top), mu_top, to_unsigned(v, nu_top, dither(v.shape, count)), nu_top
-            return tuple(x.reshape(like.shape) for x, like in zip(new, (mu, *old)))
+            top = jnp.abs(g).max(axis)
+            mu_scale, nu_scale = b1 * mu_scale + (1 - b1) * top, b2 * nu_scale + (1 - b2) * jnp.square(top)
+            new_mu = to_signed(m, widened(mu_scale, axis))
+            new_nu = to_unsigned(v, widened(nu_scale, axis), dither(v.shape, count))
+            return *(x.reshape(mu.shape) for x in (step, new_mu)), mu_scale, new_nu.reshape(mu.shape), nu_scale
 
         leaves, structure = jax.tree.flatten(grads)
-        parts = [structure.flatten_up_to(part) for part in state[1:]]
-        found = [one(*each) for each in zip(leaves, *parts)]
+        found = [one(*each) for each in zip(leaves, *map(jax.tree.leaves, state[1:]))]
         steps, *rest = (jax.tree.unflatten(structure, part) for part in zip(*found))
         return steps, EightBitState(count, *rest)
 
@@ -75,9 +77,9 @@ def blocked(x: Any) -> bool:
 
 
 def block(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(axis, numbers in a block): along the last axis (-1) or the one before, whichever takes larger blocks."""
+    """(axis, numbers in a block): along the last axis but one (-2), which a TPU cuts for nothing, or the last if larger."""
     rows, columns = (max(n for n in range(1, min(BLOCK, size) + 1) if size % n == 0) for size in shape[-2:])
-    return (-1, columns) if columns >= rows else (-2, rows)
+    return (-1, columns) if columns > rows else (-2, rows)
 
 
 def cut(x: Array) -> Array:
@@ -91,9 +93,9 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // n) if axis == -1 else (*shape[:-2], shape[-2] // n, shape[-1])
 
 
-def widened(scale: Array, x: Array) -> Array:
-    """A scale for each block of `x`, which is cut."""
-    return scale[..., None] if scale.shape == x.shape[:-1] else scale[..., None, :]
+def widened(scale: Array, axis: int) -> Array:
+    """A scale for each block of an array that is cut."""
+    return jnp.expand_dims(scale, axis)
 
 
 def signed(codes: Array, scale: Array) -> Array:

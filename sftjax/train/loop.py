@@ -84,7 +84,7 @@ def fit(
 
     Returns the state, the tally and the steady tokens a second. Raises Stopped where a signal asked for it, and UserError.
     """
-    c, total = config.train, stream.steps_total
+    entered, c, total = time.perf_counter(), config.train, stream.steps_total
     rate = optim.schedule(config.optim, total)
     optimizer = optim.optimizer(config.optim, lambda n: rate(n // updates), rates(trainable, config.lora.lr_ratio))
     step_fn = learn(optimizer)
@@ -115,7 +115,7 @@ def fit(
             max_bad_steps=c.max_bad_steps,
         )
         vote = hosts.votes(mesh)
-        for step, batch in prefetch(stream, start, total):
+        for step, batch in prefetch(stream.batch, start, total):
             if tally.stale_for(c.patience):
                 progress.say(f"step {step}: no better for {tally.stale} evaluations, stopping early")
                 break
@@ -139,6 +139,9 @@ def fit(
             meter.add(step, metrics | {name: np.float64(x) for name, x in collected.items()})
             if step - start <= WARM:
                 meter.read(step)
+                if step - start == 1:
+                    tally.first_step_s = time.perf_counter() - entered
+                    progress.say(f"first step after {tally.first_step_s:.1f} s, of which compiling {tally.compile_s:.1f}")
             elif step % c.log_every == 0:
                 meter.read(step if collect else step - 1)
             evaluates = step == total or due(step, eval_every)

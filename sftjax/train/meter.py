@@ -37,6 +37,7 @@ class Tally:
     trained_tokens: int = 0
     seconds: float = 0.0  # in training steps; evaluation, saving and compiling left out
     compile_s: float = 0.0
+    first_step_s: float = 0.0  # from where the weights are in place to the first step's end, since the last start
 
     def evaluated(self, step: int, evaluation: dict[str, float]) -> bool:
         """Notes an evaluation; True where it is the best so far. One that is empty, nothing being held out, is none."""

@@ -90,7 +90,7 @@ def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformati
             return inner.init(shapes)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        def moved(state: Any, to: jax.memory.Space) -> Any:
+        def moved(state: Any, to: Any) -> Any:
             return jax.tree.map(lambda x: jax.device_put(x, to) if x.ndim else x, state)
 
         updates, state = inner.update(grads, moved(state, jax.memory.Space.Device), params)

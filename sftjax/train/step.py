@@ -113,11 +113,10 @@ def make_step(
             return State(state.step + 1, trainable, opt_state, jnp.zeros_like(state.bad), state.skipped, state.scale, state.kept)
 
         # the scale's fault, and not the loss's: it is halved until the gradients fit, which says nothing against the run
-        overflow = jnp.isfinite(total) & ~jnp.isfinite(norm) & (by > LEAST) if by is not None else False
+        overflow = jnp.isfinite(total) & ~jnp.isfinite(norm) & (by > LEAST) if by is not None else jnp.asarray(False)
 
         def skip(state: State) -> State:
-            bad = 1 if by is None else jnp.where(overflow, 0, 1)
-            return state._replace(step=state.step + 1, bad=state.bad + bad, skipped=state.skipped + 1)
+            return state._replace(step=state.step + 1, bad=state.bad + jnp.where(overflow, 0, 1), skipped=state.skipped + 1)
 
         after = state.scale and state.scale.after(finite, overflow)
         state = jax.lax.cond(finite, update, skip, state)._replace(scale=after)
@@ -129,8 +128,8 @@ def make_step(
     return step
 
 
-def over_minibatches(step: Step, *, seed: int, epochs: int = 1, minibatches: int = 1) -> Step:
-    """`step` over a batch's rows `epochs` times, `minibatches` of B / minibatches rows a time: so many updates, one program.
+def over_minibatches(update: Step, *, seed: int, epochs: int = 1, minibatches: int = 1) -> Step:
+    """`update` over a batch's rows `epochs` times, `minibatches` of B / minibatches rows a time: so many updates, one program.
 
     The rows of each epoch are shuffled by a key of (seed, number of the step). `State.step` counts such steps, not updates;
     the learning rate is the same for all updates of one (train.loop), so a schedule over N steps means what it says, whatever
@@ -139,8 +138,7 @@ def over_minibatches(step: Step, *, seed: int, epochs: int = 1, minibatches: int
     """
     updates = epochs * minibatches
     if updates == 1:
-        return step
-    update = step
+        return update
 
     def step(state: State, frozen: Any, batch: Any) -> tuple[State, dict[str, Array]]:
         rows, taken = batch.tokens.shape[0], state.step

@@ -305,19 +305,19 @@ def test_a_batch_is_a_function_of_its_step(many):
     assert not np.array_equal(there[0].tokens, there[30].tokens)
     c.seed = 9
     assert not np.array_equal(Stream(rows, c).batch(0).tokens, there[0].tokens)
-    assert [s for s, _ in prefetch(forward, 20, 40)] == list(range(20, 40))
-    assert all(np.array_equal(b.tokens, there[s].tokens) for s, b in prefetch(forward, 3, 9))
+    assert [s for s, _ in prefetch(forward.batch, 20, 40)] == list(range(20, 40))
+    assert all(np.array_equal(b.tokens, there[s].tokens) for s, b in prefetch(forward.batch, 3, 9))
 
 
 def test_prefetch_hands_on_an_error_and_stops_with_its_reader(many):
     c, rows = many
     stream = Stream(rows, c)
-    one = prefetch(stream, 0, 10**9)
+    one = prefetch(stream.batch, 0, 10**9)
     next(one)
     one.close()
     stream.batch = lambda step: 1 // 0
     with pytest.raises(ZeroDivisionError):
-        next(prefetch(stream, 0, 1))
+        next(prefetch(stream.batch, 0, 1))
 
 
 def test_weights_multiply_and_take_turns(tmp_path):

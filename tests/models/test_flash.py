@@ -75,21 +75,24 @@ def test_the_kernel_gets_what_it_can_do_and_no_more(rows, packs, monkeypatch):
     assert_trees_close(grads, right)
 
 
-def test_a_step_for_cuda_holds_the_kernel_and_no_scores(monkeypatch):
-    """Lowered here for a Hopper GPU that is not here: [B, N, T, T] is nowhere but in the way around it, which has chunks."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
+def test_a_step_over_4096_tokens_holds_no_scores(platform, monkeypatch):
+    """Lowered here for devices that are not here: their kernels are in the program, and an array [.., T, T] is not."""
+    monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
     monkeypatch.setattr(flash, "capability", lambda: 9.0)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
-    c = config(layers=2)
+    c = config(layers=2, head_dim=128)
     loss = masked_xent(forward(Decoder(c, jnp.bfloat16, remat="dots")))
-    p, b = params(c), batch([[1000, 1048]], 2048)
+    p, b = params(c), batch([[2000, 2096]], 4096)
     step = jax.jit(jax.grad(lambda p: loss(p, b, None)[0])).trace(p)
-    program = step.lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("@__cudnn$fmhaSoftmaxBackward") == 1 and "@__cudnn$fmhaSoftmax(" in program
-    assert f'"max_seg_per_batch": {flash.TEXTS}' in program.replace("\\22", '"')
-    assert "x2048x2048x" not in program
+    program = step.lower(lowering_platforms=(platform,)).as_text()
+    assert "4096x4096x" not in program and "4096x" in program
+    assert ("tpu_custom_call" in program) == (platform == "tpu")
+    assert ("@__cudnn$fmhaSoftmaxBackward(" in program) == ("@__cudnn$fmhaSoftmax(" in program) == (platform == "cuda")
+    if platform == "cuda":
+        assert f'"max_seg_per_batch": {flash.TEXTS}' in program.replace("\\22", '"')
 
 
 def test_what_it_serves(monkeypatch):

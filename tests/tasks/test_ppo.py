@@ -207,7 +207,7 @@ def test_where_everything_trains_functions_may_judge(world, tmp_path):
     settings = {"method": "full", "lora.rank": 16, "ppo.rewards": (f"{tmp_path}/mine.py:loud", "length:8")}
     settings |= {"ppo.reward_weights": (4.0, 0.5), "ppo.missing_eos_penalty": 0.1, "ppo.score_clip": 5.0}
     settings |= {"ppo.kl_target": None, "ppo.kl_horizon": 10_000.0, "ppo.num_mini_batches": 1, "ppo.kl_coef": 0.0}
-    settings |= {"train.steps": 12, "train.batch_size": 16, "optim.lr": 3e-3, "train.save_every": 0}
+    settings |= {"train.steps": 8, "train.batch_size": 16, "optim.lr": 3e-3, "train.save_every": 0}
     summary = tasks.train(world(**settings), tmp_path / "run")
     assert summary["reward"] > summary["reward_before"] + 0.1
     assert {"rewards/loud", "rewards/length", "rewards/loud_before"} <= {*summary}

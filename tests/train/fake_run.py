@@ -101,6 +101,7 @@ SUMMARY = {
     "tokens_per_s": 8123.0,
     "mfu": 0.412,
     "compile_s": 11.2,
+    "first_step_s": 14.8,
     "total_s": 212.6,
     "peak_memory_mib": 9120,
 }

@@ -23,7 +23,7 @@ SETTINGS = {
     "optim.lr": 0.05,  # so much that the best checkpoint may be none of the last
     "optim.schedule": "constant",
 }
-TIMES = ("tokens_per_s", "steady_tokens_per_s", "compile_s", "total_s", "peak_memory_mib", "seconds", "resumes")
+TIMES = ("tokens_per_s", "steady_tokens_per_s", "compile_s", "first_step_s", "total_s", "peak_memory_mib", "seconds", "resumes")
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,9 @@ def test_v_follows_gradients_that_fall():
         return jax.lax.scan(step, states, jnp.arange(1300))[0]
 
     want, got = run((exact.init(start), ours.init(start)))
-    v = eight_bit.unsigned(eight_bit.cut(got.nu), got.nu_scale[..., None]).reshape(16, 256)
+    v = eight_bit.unsigned(eight_bit.cut(got.nu), eight_bit.widened(got.nu_scale, eight_bit.block(start.shape)[0])).reshape(
+        16, 256
+    )
     assert want.nu[0, 1] < 0.5 * 0.09 * (1 - 0.999**300)
     np.testing.assert_allclose(v[:, 1:].mean(), want.nu[:, 1:].mean(), rtol=0.02)
 

@@ -85,7 +85,7 @@ def test_summary_says_what_the_run_did(finished, tmp_path):
     assert 0 < summary["trained_tokens"] == sum(line["trained_tokens"] for line in lines) < summary["tokens"]
     assert summary["eval_loss"] == metrics(tmp_path / "run", "eval")[-1]["loss"] < summary["eval_loss_before"]
     assert summary["rows"] == {"read": 72, "kept": 72, "dropped": {}}
-    for name in ("tokens_per_s", "steady_tokens_per_s", "compile_s", "total_s", "peak_memory_mib"):
+    for name in ("tokens_per_s", "steady_tokens_per_s", "compile_s", "first_step_s", "total_s", "peak_memory_mib"):
         assert summary[name] > 0
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
 

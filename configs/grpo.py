@@ -1,0 +1,48 @@
+"""GRPO: several answers to each prompt, and those that a reward model likes more than the others become likelier.
+
+    bash examples/preferences/ppo.sh                          # after make quickstart: the model, the questions, the reward model
+    sftjax train  --config=configs/grpo.py --workdir=runs/preferences/grpo
+    sftjax export --workdir=runs/preferences/grpo --to=hf --out=runs/preferences/grpo_model
+
+The model says a sum and then, as often as not, says it again in a sentence of its own; the reward model, an adapter over the
+very same base, likes it short. How many answers are short and right, word for word, is counted by a function of one's own
+(examples/preferences/rewards.py), which has weight 0: it is watched, and nothing is learnt from it.
+
+FIGURES
+
+On your own prompts: --config.model.path=Qwen/Qwen3-0.6B --config.data.train=prompts.jsonl --config.data.max_length=1024
+--config.grpo.rewards=rewards.py:mine --config.grpo.reward_weights=1 --config.grpo.max_completion_length=512
+--config.optim.lr=1e-5 --config.optim.lr_width=None: docs/reinforcement.md.
+"""
+
+from ml_collections import ConfigDict
+
+from sftjax.config import default
+
+
+def get_config() -> ConfigDict:
+    c = default()
+    c.task = "grpo"
+    c.model.path = "runs/preferences/undecided"
+    c.method = "lora"  # the reference is the model without it, and takes no memory
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+
+    c.data.train = ("runs/preferences/pairs.jsonl",)  # its prompts; what it says of answers goes to the reward functions
+    c.data.split = (8, 1, 1)
+    c.data.max_length = 256
+
+    c.grpo.rewards = ("model:runs/preferences/judge", "examples/preferences/rewards.py:short_and_right")
+    c.grpo.reward_weights = (1.0, 0.0)
+    c.grpo.num_generations = 8
+    c.grpo.max_completion_length = 48
+    c.grpo.beta = 0.04
+
+    c.optim.lr = 5e-4
+    c.optim.lr_width = 128
+
+    c.train.steps = 30
+    c.train.batch_size = 32  # answers a step: 4 prompts
+    c.train.log_every = 5
+    c.train.eval_every = 10
+    return c

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# PPO, once: a model that says short and long-winded answers alike learns to say the short ones, from a reward model.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ -d runs/quickstart/model ] || bash examples/quickstart/run.sh
+P=runs/preferences
+rm -rf "$P"/undecided* "$P"/judge* "$P"/ppo*
+
+python examples/quickstart/make_data.py --documents=0 --seed=1 --out="$P"
+python examples/preferences/make_data.py --data="$P"
+sftjax train --config=configs/quickstart.py --workdir="$P/undecided_run" --config.model.path=runs/quickstart/model \
+  --config.data.train="$P/undecided.jsonl" --config.train.steps=100 --config.eval.generate=0
+sftjax export --workdir="$P/undecided_run" --to=hf --out="$P/undecided" # the policy to begin with
+sftjax train --config=configs/reward.py --workdir="$P/judge_run" --config.model.path="$P/undecided"
+sftjax export --workdir="$P/judge_run" --to=peft --out="$P/judge" # the reward model, an adapter over the same
+sftjax train --config=configs/ppo.py --workdir="$P/ppo"
+sftjax export --workdir="$P/ppo" --to=hf --out="$P/ppo_model"
+question="My sister had nine yellow hats and lost four. How many are left?"
+for model in "$P/undecided" "$P/ppo_model"; do
+  echo "> $question"
+  echo "$question" | sftjax chat --model="$model"
+done
