@@ -1,5 +1,6 @@
 # make quickstart   the main job in under four minutes on two CPU cores, without a download beyond the packages
 # make preferences  DPO on what the quickstart made (made first, where it is not there)
+# make reinforcement   PPO and GRPO, from a reward model, likewise
 # make compare      would a better prompt have done? the quickstart's base and tuned model (made first, where not there)
 # make test         every test
 # Both make .venv first, and only once. PYTHON may name another interpreter (3.11 to 3.13).
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH := torch==2.13.0
 
-.PHONY: setup quickstart preferences compare test lint types clean
+.PHONY: setup quickstart preferences reinforcement compare test lint types clean
 
 setup: .venv/.installed
 
@@ -19,6 +20,9 @@ quickstart: .venv/.installed
 
 preferences: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/preferences/run.sh
+
+reinforcement: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/preferences/reinforcement.sh
 
 compare: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/compare/run.sh

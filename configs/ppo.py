@@ -1,9 +1,19 @@
 """PPO: a policy earns a reward model's favour, a value learns what to expect of it. Here: stop when the question is answered.
 
-    make quickstart                                           # the model, and with it the questions
-    bash examples/preferences/ppo.sh                          # all of the following
+    make reinforcement                                        # all of it, after the quickstart
+    sftjax train  --config=configs/ppo.py --workdir=runs/preferences/ppo
+    sftjax export --workdir=runs/preferences/ppo --to=hf --out=runs/preferences/ppo_model
 
-FIGURES
+The model says a sum and then, as often as not, says it again in a sentence of its own; the reward model, an adapter over the
+very same base, likes it short. Policy, reference, value and reward model are that base and three adapters.
+
+Two CPU cores: SECONDS. Held-out questions, for seeds 0, 1 and 2: the reward rises from -0.17, 0.07, 0.11 to 2.40, 2.37, 2.38;
+of 100 answers 50, 46, 51 are the short one, then 98, 96, 98. KL to the reference,
+the mean of the last ten steps: 1.2, 1.3, 1.7 nats an answer, and in no step above 3.8.
+
+On your own prompts: --config.model.path=Qwen/Qwen3-0.6B --config.data.train=prompts.jsonl --config.data.max_length=1024
+--config.ppo.rewards=model:runs/mine/judge --config.ppo.max_completion_length=512 --config.optim.lr=1e-5
+--config.optim.lr_width=None: docs/reinforcement.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# PPO, once: a model that says short and long-winded answers alike learns to say the short ones, from a reward model.
+# PPO and GRPO, once: a model that says short and long-winded answers alike learns from a reward model to say the short ones.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -d runs/quickstart/model ] || bash examples/quickstart/run.sh
 P=runs/preferences
-rm -rf "$P"/undecided* "$P"/judge* "$P"/ppo*
+rm -rf "$P"/undecided* "$P"/judge* "$P"/ppo* "$P"/grpo*
 
 python examples/quickstart/make_data.py --documents=0 --seed=1 --out="$P"
 python examples/preferences/make_data.py --data="$P"
@@ -13,10 +13,12 @@ sftjax train --config=configs/quickstart.py --workdir="$P/undecided_run" --confi
 sftjax export --workdir="$P/undecided_run" --to=hf --out="$P/undecided" # the policy to begin with
 sftjax train --config=configs/reward.py --workdir="$P/judge_run" --config.model.path="$P/undecided"
 sftjax export --workdir="$P/judge_run" --to=peft --out="$P/judge" # the reward model, an adapter over the same
-sftjax train --config=configs/ppo.py --workdir="$P/ppo"
-sftjax export --workdir="$P/ppo" --to=hf --out="$P/ppo_model"
+for task in ppo grpo; do
+  sftjax train --config="configs/$task.py" --workdir="$P/$task"
+  sftjax export --workdir="$P/$task" --to=hf --out="$P/${task}_model"
+done
 question="My sister had nine yellow hats and lost four. How many are left?"
-for model in "$P/undecided" "$P/ppo_model"; do
+for model in "$P/undecided" "$P/ppo_model" "$P/grpo_model"; do
   echo "> $question"
   echo "$question" | sftjax chat --model="$model"
 done
