@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, without a network, with compiled programs kept from one run to the next."""
 
 import gc
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -18,16 +19,29 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode does not let tests import what they share
 pytest_plugins = ["toy"]
+tests = itertools.count(1)
+
+
+def forget(most: int) -> None:
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > most:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forgets():
     """Compiled programs are let go of before a process has so many that Linux maps it no more memory (vm.max_map_count)."""
     yield
-    maps = Path("/proc/self/maps")
-    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 16_000:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
+    forget(16_000)
+
+
+@pytest.fixture(autouse=True)
+def forgets_within():
+    """The same in a module that compiles very many; what its later tests share is compiled again."""
+    yield
+    if next(tests) % 8 == 0:
+        forget(30_000)
 
 
 @pytest.fixture(scope="session")
