@@ -191,3 +191,17 @@ def test_a_mesh_without_some_hosts_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"mesh.data=1 .* has 1 of the 8 devices and leaves 1 hosts without any"):
         hosts.refuse_idle(sharding.make_mesh(data=1))
+
+
+@pytest.mark.parametrize(
+    "said, settings",
+    [
+        ("--config.task=grpo", {"task": "grpo", "grpo.rewards": "length:8", "eval.generate": 0}),
+        ("--config.dpo.precompute_ref_log_probs=True", {"task": "dpo", "dpo.precompute_ref_log_probs": True, "eval.generate": 0}),
+    ],
+)
+def test_what_one_host_does_alone_is_refused_of_several(said, settings, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=f"^{said}: runs on one host so far"):
+        tasks.train(toy.config(**settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -314,8 +314,6 @@ def refuse_many_hosts(config: ConfigDict) -> None:
     if not hosts.many():
         return
     if config.task in ROLLOUTS:
-        raise UserError(f"--config.task={config.task}: runs on one host so far, with all its devices; this is {hosts.name()}")
-    if config.task in ("grpo", "ppo"):
         raise UserError(f"--config.task={config.task}: runs on one host so far, where its policy answers; this is {hosts.name()}")
     kept = f"{config.task}.precompute_ref_log_probs"
     if config.task in ("dpo", "kto") and config[config.task].precompute_ref_log_probs:
