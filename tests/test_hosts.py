@@ -15,6 +15,7 @@ import toy as worlds
 
 from sftjax import hosts, join, sharding, tasks
 from sftjax.config import UserError
+from sftjax.tasks.job import Job
 
 SETTINGS = {
     "mesh.data": 4,
@@ -203,5 +204,5 @@ def test_a_mesh_without_some_hosts_is_refused(monkeypatch):
 def test_what_one_host_does_alone_is_refused_of_several(said, settings, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=f"^{said}: runs on one host so far"):
-        tasks.train(toy.config(**settings), tmp_path / "run")
+        Job(toy.config(**settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
