@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sftjax.losses.tokens import Forward, Loss, blocks, shift
+from sftjax.losses.tokens import Forward, Loss, blocks, joined, shift
 from sftjax.models.decoder import Output
 from sftjax.weights import kinds
 
@@ -134,11 +134,18 @@ def adapt(coefficient: Array | float, kl: Array | float, *, target: float, horiz
 
 
 def tempered(forward: Forward, temperature: float) -> Forward:
-    """The forward of the policy that samples at this temperature: its logits, divided."""
+    """The forward of the policy that samples at this temperature: its logits, divided.
+
+    They are linear in what comes before the head, but for a soft cap, which is divided too:
+    cap * tanh(x @ W / cap) / t = (cap / t) * tanh((x / t) @ W / (cap / t)).
+    """
 
     def run(params: Any, batch: Any, key: Array | None = None) -> Output:
         output = forward(params, batch, key)
-        return output._replace(hidden=output.hidden / temperature)
+        head = output.head
+        if isinstance(head, kinds.Capped):
+            head = kinds.Capped(head.base, head.cap / temperature)
+        return output._replace(hidden=output.hidden / temperature, head=head)
 
     return forward if temperature == 1 else run
 
@@ -154,7 +161,7 @@ def logps_and_entropy(hidden: Array, head: kinds.Weight, targets: Array) -> tupl
         return jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - lse, -(jnp.exp(fixed) * fixed).sum(-1)
 
     out = jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets))  # [n, B, t]
-    logps, entropy = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, : targets.shape[1]] for x in out)
+    logps, entropy = (joined(x, targets.shape[1]) for x in out)
     return logps, entropy
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sftjax.losses import policy
+from sftjax import sharding
+from sftjax.losses import policy, tokens
 from sftjax.models.decoder import Output
+from sftjax.weights import kinds
 
 RNG = np.random.default_rng(0)
 
@@ -108,6 +110,24 @@ def test_the_penalty_grows_where_the_policy_strays():
     options = {"target": 6.0, "horizon": 100.0, "n": 10}
     assert policy.adapt(0.2, 6.0, **options) == 0.2
     np.testing.assert_allclose([policy.adapt(0.2, kl, **options) for kl in (60.0, 0.0)], [0.2 * 1.02, 0.2 * 0.98])
+
+
+def test_rows_split_over_devices_have_their_tokens_in_order(monkeypatch):
+    monkeypatch.setattr(tokens, "BLOCK", 128)  # several blocks of each part of a row
+    hidden, head = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in ((2, 24, 6), (6, 16)))
+    targets = jnp.asarray(RNG.integers(0, 16, (2, 24)))
+    whole = jax.jit(policy.logps_and_entropy)(hidden, head, targets)
+    with jax.set_mesh(sharding.make_mesh(data=2, sequence=4)):
+        parts = jax.jit(lambda *x: policy.logps_and_entropy(*x))(hidden, head, targets)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_policy_at_a_temperature_has_the_logits_that_are_sampled_from(cap):
+    hidden, kernel = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in ((2, 5, 6), (6, 16)))
+    head = kernel if cap is None else kinds.Capped(kernel, cap)
+    output = policy.tempered(lambda *_: Output(hidden, head), 0.7)(None, None)
+    np.testing.assert_allclose(kinds.matmul(output.hidden, output.head), kinds.matmul(hidden, head) / 0.7, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_action_changes_nothing():
