@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sftjax.losses.tokens import Forward, Loss, blocks, joined, shift
+from sftjax.losses.tokens import Forward, Loss, blocks, joined, logprobs, shift
 from sftjax.models.decoder import Output
 from sftjax.weights import kinds
 
@@ -163,6 +163,19 @@ def logps_and_entropy(hidden: Array, head: kinds.Weight, targets: Array) -> tupl
     out = jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets))  # [n, B, t]
     logps, entropy = (joined(x, targets.shape[1]) for x in out)
     return logps, entropy
+
+
+def action_logps(forward: Forward, params: Any, batch: Any, key: Array | None = None) -> Array:
+    """log pi(a_t | s_t), [B, T]; what stands where no token was chosen means nothing."""
+    output = forward(params, batch, key)
+    return jnp.roll(logprobs(output.hidden, output.head, shift(batch)[0]), 1, axis=1)
+
+
+def action_logps_and_entropy(forward: Forward, params: Any, batch: Any) -> tuple[Array, Array]:
+    """The same beside the entropy of pi( . | s_t) in nats."""
+    output = forward(params, batch)
+    logps, entropy = logps_and_entropy(output.hidden, output.head, shift(batch)[0])
+    return jnp.roll(logps, 1, axis=1), jnp.roll(entropy, 1, axis=1)
 
 
 def grpo(

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sftjax.losses.policy import adapt, clipped_policy, clipped_value, divergence, gae, logps_and_entropy, whiten
-from sftjax.losses.tokens import Forward, Loss, logprobs, shift
+from sftjax.losses.policy import action_logps, adapt, clipped_policy, clipped_value, divergence, gae, whiten
+from sftjax.losses.tokens import Forward, Loss
 from sftjax.models.heads import token_scores
 
 Metrics = dict[str, Array]
@@ -58,19 +58,6 @@ class Experience(NamedTuple):
     values: Array
     advantages: Array
     returns: Array
-
-
-def action_logps(forward: Forward, params: Any, batch: Any, key: Array | None = None) -> Array:
-    """log pi(a_t | s_t), [B, T]; what stands where no token was chosen means nothing."""
-    output = forward(params, batch, key)
-    return jnp.roll(logprobs(output.hidden, output.head, shift(batch)[0]), 1, axis=1)
-
-
-def action_logps_and_entropy(forward: Forward, params: Any, batch: Any) -> tuple[Array, Array]:
-    """The same beside the entropy of pi( . | s_t) in nats."""
-    output = forward(params, batch)
-    logps, entropy = logps_and_entropy(output.hidden, output.head, shift(batch)[0])
-    return jnp.roll(logps, 1, axis=1), jnp.roll(entropy, 1, axis=1)
 
 
 def state_values(forward: Forward, params: Any, batch: Any, key: Array | None = None) -> Array:

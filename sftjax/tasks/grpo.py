@@ -15,6 +15,7 @@ arXiv:2402.03300 (GRPO), 2402.14740 (RLOO), 2503.14476 (DAPO), 2503.20783 (Dr. G
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from ml_collections import ConfigDict
 
 from sftjax import tree
 from sftjax.config import UserError
-from sftjax.losses.policy import Rollouts, group_advantages, grpo, leave_one_out, normalised
+from sftjax.losses.policy import Rollouts, action_logps, group_advantages, grpo, leave_one_out, normalised
 from sftjax.tasks.critics import Judge
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
 from sftjax.tasks.rewards import Reward, Rewards, apart
-from sftjax.tasks.rollouts import Actor, Scorer, figures, named, summary
+from sftjax.tasks.rollouts import Actor, figures, in_parts, named, summary
 from sftjax.train.step import State, Step, make_step, over_minibatches
 
 
@@ -54,7 +55,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     refer: Any = reference(job) if c.beta else None
     updates = c.num_iterations * c.num_mini_batches
     actor = Actor(job, c, rewards)
-    logps = Scorer(job, actor.forward)
+    logps = in_parts(job, partial(action_logps, actor.forward))
     loss = grpo(actor.forward, low=c.epsilon, high=c.epsilon_high or c.epsilon, beta=c.beta, fresh=updates == 1)
 
     def learn(optimizer: optax.GradientTransformation) -> Step:

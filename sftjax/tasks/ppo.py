@@ -35,6 +35,7 @@ from sftjax import tree
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.losses import ppo
+from sftjax.losses.policy import action_logps, action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.losses.tokens import Forward
 from sftjax.tasks.critics import Judge, add_value
@@ -42,8 +43,7 @@ from sftjax.tasks.grpo import cut
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
 from sftjax.tasks.rewards import Rewards
-from sftjax.tasks.rollouts import Actor, figures, named, summary
-from sftjax.train.loop import to_devices
+from sftjax.tasks.rollouts import Actor, figures, in_parts, named, summary
 from sftjax.train.step import State, Step, make_step, over_minibatches
 
 
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     starts = len(judges) == 1 and config.method != "freeze" and c.value != "base"
     value = add_value(job, judges[0] if starts else None)
     actor = Actor(job, c, rewards)
-    look = Look(job, actor.forward, refer, value)
+    look = in_parts(job, views(actor.forward, refer, value))
     loss = ppo.ppo(actor.forward, value, cliprange=c.cliprange, cliprange_value=c.cliprange_value, vf_coef=c.vf_coef)
 
     def learn(optimizer: optax.GradientTransformation) -> Step:
@@ -118,21 +118,13 @@ def iteration(update: Step, c: ConfigDict) -> Step:
     return step
 
 
-class Look:
-    """`(params, Batch) -> {"logps", "entropy", "reference", "values"}`, each [N, T]: the policy's, the reference's and the
-    value's view of every action, micro_batch rows at a time."""
+def views(policy: Forward, refer: Callable[[Any], Any], value: Forward) -> Callable[[Any, Batch], dict[str, Array]]:
+    """`(params, Batch) -> {"logps", "entropy", "reference", "values"}`, each [B, T]: the policy's, the reference's and the
+    value's view of every action."""
 
-    def __init__(self, job: Job, policy: Forward, refer: Callable[[Any], Any], value: Forward):
-        self.job, self.rows = job, job.config.train.micro_batch or job.config.train.batch_size
+    def look(params: Any, batch: Batch) -> dict[str, Array]:
+        logps, entropy = action_logps_and_entropy(policy, params, batch)
+        reference, values = action_logps(policy, refer(params), batch), ppo.state_values(value, params, batch)
+        return {"logps": logps, "entropy": entropy, "reference": reference, "values": values}
 
-        def look(params: Any, batch: Batch) -> dict[str, Array]:
-            logps, entropy = ppo.action_logps_and_entropy(policy, params, batch)
-            reference, values = ppo.action_logps(policy, refer(params), batch), ppo.state_values(value, params, batch)
-            return {"logps": logps, "entropy": entropy, "reference": reference, "values": values}
-
-        self.look = jax.jit(look)
-
-    def __call__(self, params: Any, batch: Batch) -> dict[str, np.ndarray]:
-        parts = [jax.tree.map(lambda x, at=at: x[at : at + self.rows], batch) for at in range(0, len(batch.tokens), self.rows)]
-        found = [jax.device_get(self.look(params, to_devices(part, self.job.mesh))) for part in parts]
-        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return look

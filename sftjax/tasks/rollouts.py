@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from sftjax import tree
 from sftjax.data.batch import Batch
@@ -23,7 +22,7 @@ from sftjax.evaluate.heldout import question
 from sftjax.generate.engine import Engine
 from sftjax.generate.shapes import between
 from sftjax.losses.policy import tempered
-from sftjax.losses.tokens import Forward, logprobs, shift
+from sftjax.losses.tokens import Forward
 from sftjax.tasks.job import Job, eval_rows
 from sftjax.tasks.rewards import Answered
 from sftjax.train.loop import to_devices
@@ -137,21 +136,17 @@ def figures(answers: Sequence[Answered]) -> dict[str, float]:
     }
 
 
-class Scorer:
-    """`(params, Batch) -> [N, T]`: log pi(token | those before it) of the policy that samples, micro_batch rows at a time."""
+def in_parts(job: Job, look: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+    """`look`, arrays [n, T] of the params and n rows, as a function of any number N of rows, train.micro_batch at a time:
+    numpy, [N, T]. It is compiled once."""
+    rows, run = job.config.train.micro_batch or job.config.train.batch_size, jax.jit(look)
 
-    def __init__(self, job: Job, forward: Forward):
-        self.job, self.rows = job, job.config.train.micro_batch or job.config.train.batch_size
+    def whole(params: Any, batch: Batch) -> Any:
+        parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
+        found = [jax.device_get(run(params, to_devices(part, job.mesh))) for part in parts]
+        return jax.tree.map(lambda *each: np.concatenate(each), *found)
 
-        def logps(params: Any, batch: Batch) -> Array:
-            output = forward(params, batch, None)
-            return jax.numpy.roll(logprobs(output.hidden, output.head, shift(batch)[0]), 1, axis=1)
-
-        self.logps = jax.jit(logps)
-
-    def __call__(self, params: Any, batch: Batch) -> np.ndarray:
-        parts = [jax.tree.map(lambda x, at=at: x[at : at + self.rows], batch) for at in range(0, len(batch.tokens), self.rows)]
-        return np.concatenate([jax.device_get(self.logps(params, to_devices(part, self.job.mesh))) for part in parts])
+    return whole
 
 
 def summary(job: Job, tally: Tally) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from sftjax.losses import ppo
+from sftjax.losses.policy import action_logps, action_logps_and_entropy
 from sftjax.losses.ppo import Experience, Played
 from sftjax.models.decoder import Output
 
@@ -30,8 +31,8 @@ PARAMS = {
     "value": {"embedding": RNG.standard_normal((64, 6)), "score": RNG.standard_normal((6, 1))},
 }
 PARAMS = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
-logps_and_entropy = jax.jit(partial(ppo.action_logps_and_entropy, policy))
-logps_of, values_of = jax.jit(partial(ppo.action_logps, policy)), jax.jit(partial(ppo.state_values, value))
+logps_and_entropy = jax.jit(partial(action_logps_and_entropy, policy))
+logps_of, values_of = jax.jit(partial(action_logps, policy)), jax.jit(partial(ppo.state_values, value))
 
 
 @jax.jit
@@ -121,7 +122,7 @@ def test_the_first_step_is_reinforce_with_a_baseline(played):
     b, t = np.nonzero(played.weights)
 
     def reinforce(params):
-        return -((played.scores.sum(1)[b] - played.values[b, t]) * ppo.action_logps(policy, params, played)[b, t]).sum()
+        return -((played.scores.sum(1)[b] - played.values[b, t]) * action_logps(policy, params, played)[b, t]).sum()
 
     tiny.assert_trees_close(slope_of(PARAMS, learnt, 0.0)[1], jax.grad(reinforce)(PARAMS), rtol=1e-4)
 

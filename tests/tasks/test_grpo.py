@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,12 @@ from sftjax.data.batch import Batch
 from sftjax.data.prompts import Prompts
 from sftjax.evaluate.heldout import Question
 from sftjax.generate.engine import Engine
-from sftjax.losses.policy import grpo, logps_and_entropy
+from sftjax.losses.policy import action_logps, grpo, logps_and_entropy
 from sftjax.models.decoder import Output
 from sftjax.tasks.grpo import experience
 from sftjax.tasks.job import Job
 from sftjax.tasks.rewards import Answered, Rewards
-from sftjax.tasks.rollouts import Actor, Scorer
+from sftjax.tasks.rollouts import Actor, in_parts
 from sftjax.train.run import read_metrics
 
 STEPS, HALF, P, G = 8, 4, 2, 4
@@ -142,7 +143,7 @@ def test_rollouts_have_the_models_log_probs(job, acted):
     batch = actor.batch(answers)
     assert batch.tokens.shape == (P * G, actor.length) and {len(a.ids) for a in answers} <= set(range(1, 9))
     with jax.set_mesh(job.mesh):
-        ours = Scorer(job, actor.forward)(params, batch)
+        ours = in_parts(job, partial(action_logps, actor.forward))(params, batch)
     output = job.forward(params, jax.tree.map(jnp.asarray, batch))
     whole = jax.nn.log_softmax((output.hidden @ output.head).astype(jnp.float32) / 0.7)
     for row, a in enumerate(answers):

@@ -16,6 +16,7 @@ from sftjax import tasks, tree
 from sftjax.config import UserError
 from sftjax.evaluate.heldout import question
 from sftjax.losses import ppo
+from sftjax.losses.policy import action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.models.decoder import Output
 from sftjax.tasks.critics import Judge, add_value
@@ -90,7 +91,7 @@ def test_an_iteration_is_the_loop_that_the_paper_draws(world):
     for row, (start, end) in enumerate([(3, 9), (2, 7), (6, 8), (4, 9)]):
         mask[row, start:end] = 1
     batch = batch._replace(weights=jnp.asarray(mask))
-    logps, entropy = ppo.action_logps_and_entropy(policy, params, batch)
+    logps, entropy = action_logps_and_entropy(policy, params, batch)
     apart = jnp.asarray(0.1 * RNG.standard_normal(mask.shape), jnp.float32)
     scores = ppo.at_the_end(jnp.asarray(RNG.standard_normal(4), jnp.float32), batch.weights)
     played = Played(*batch, logps, entropy, logps + apart, ppo.state_values(value, params, batch), scores)
