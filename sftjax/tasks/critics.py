@@ -63,7 +63,7 @@ class Judge:
         """Loads it, over the policy's base where it is an adapter over the same. Raises UserError."""
         self.job, c, directory = job, job.config, Path(self.path).expanduser()
         adapter = directory if (directory / "adapter_config.json").is_file() else None
-        base = resolve(str(read_json(adapter / "adapter_config.json")["base_model_name_or_path"]) if adapter else self.path)
+        base = resolve(base_of(adapter) if adapter else self.path)
         refuse_other_tokens(job, self.path, open_tokenizer(base, adapter, c.model.trust_remote_code))
         if adapter and c.method not in WHOLE and same(base, job.base.directory):
             params, config = with_head(owned(job, bare(job)), job.decoder.config, adapter)
@@ -131,6 +131,16 @@ def add_value(job: Job, judge: Judge | None) -> Forward:
     job.trainable, job.frozen = job.trainable | {"value": trainable}, job.frozen | {"value": frozen}
     run = forward(decoder)
     return lambda params, batch, key=None: run(params["value"], batch, key)
+
+
+def base_of(adapter: Path) -> str:
+    """What an adapter says it was trained over. Raises UserError."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UserError(
+            f"{adapter}/adapter_config.json: names no base_model_name_or_path to put the adapter over; write it there"
+        )
+    return str(name)
 
 
 def closing(chat: Chat) -> tuple[list[int], list[int]]:

@@ -17,17 +17,19 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sftjax.check import METRICS
+from sftjax.check import METRICS, shown
 from sftjax.config import UserError, mistake, parts
-from sftjax.data.chat import as_dict
+from sftjax.data.chat import Chat, as_dict
+from sftjax.data.example import Message, RowError
 from sftjax.evaluate import sequences
 from sftjax.evaluate.heldout import Question
 from sftjax.evaluate.metrics import METRICS as SCORES
@@ -59,8 +61,10 @@ class Rewards:
         given = weights if isinstance(weights, (tuple, list)) else parts(str(weights))
         try:
             self.weights = np.array([float(weight) for weight in given] or [1.0] * len(names))
-        except ValueError as e:
-            raise UserError(f"{key.rpartition('.')[0]}.reward_weights={weights}: needs numbers") from e
+        except ValueError:
+            self.weights = np.array([np.nan])
+        if not np.isfinite(self.weights).all():
+            raise UserError(f"--config.{key.rpartition('.')[0]}.reward_weights={shown(weights)}: needs numbers, e.g. 1,0.5")
         if len(self.weights) != len(names):
             raise UserError(
                 f"{key.rpartition('.')[0]}.reward_weights: {len(self.weights)} weights for the {len(names)} functions of {key}"
@@ -119,7 +123,7 @@ def formatted(pattern: str, key: str) -> Reward:
 
 
 def near(text: str, key: str) -> Reward:
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         raise UserError(f"--config.{key}=length:{text}: needs a number of tokens, e.g. length:20")
     n = int(text)
     return lambda answers: [max(0.0, 1 - abs(len(a.ids) - n) / n) for a in answers]
@@ -129,10 +133,20 @@ def apart(directory: str) -> Reward:
     """A reward model apart from the policy: it has a tokenizer, a template and memory of its own."""
     scores = load(directory)
     sequences.refuse_no_reward(scores)
+    chat = Chat(scores.tokenizer)
+
+    def ids(a: Answered) -> list[int]:
+        """As the reward model was trained on such a row: a conversation, or raw text with its answer."""
+        if not a.question.messages:
+            return chat.encode_completion(a.question.prompt, a.text).ids.tolist()
+        return chat.tokenise(chat.render([*a.question.messages, Message("assistant", a.text)]))[0]
 
     def run(answers: Sequence[Answered]) -> list[float | None]:
-        said = [[*map(as_dict, a.question.messages), {"role": "assistant", "content": a.text}] for a in answers]
-        return sequences.rewards(scores, said, batch_size=min(len(said), 32)).tolist()
+        try:
+            said = [ids(a) for a in answers]
+        except RowError as e:
+            raise UserError(f"model:{directory}: cannot read an answer: {e}") from e
+        return sequences.score(scores, said, batch_size=min(len(said), 32))[:, 0].tolist()
 
     return run
 
@@ -143,7 +157,7 @@ def own(file: Path, name: str, key: str) -> Reward:
         raise UserError(f"--config.{key}={place}: no such file")
     spec = importlib.util.spec_from_file_location(f"sftjax_rewards_{file.stem}", file)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # a dataclass in it looks there for its types
     try:
         spec.loader.exec_module(module)
     except Exception as e:  # whatever a user's own program raises
@@ -151,7 +165,7 @@ def own(file: Path, name: str, key: str) -> Reward:
     fn = getattr(module, name, None)
     if not callable(fn):
         raise UserError(f"--config.{key}={place}: {file} has no function {name}")
-    named = inspect.signature(fn).parameters
+    named = {n: p for n, p in inspect.signature(fn).parameters.items() if p.kind is not p.VAR_POSITIONAL}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
 
     def run(answers: Sequence[Answered]) -> Any:
@@ -160,7 +174,8 @@ def own(file: Path, name: str, key: str) -> Reward:
         if lacks:
             raise UserError(f"{place}: asks for {', '.join(lacks)}, and the rows have {', '.join(given)}")
         try:
-            return fn(**(given if takes_all else {n: given[n] for n in named if n in given}))
+            found = fn(**(given if takes_all else {n: given[n] for n in named if n in given}))
+            return list(found) if isinstance(found, Iterator) else found  # a generator fails where it is read
         except Exception as e:  # likewise
             raise UserError(f"{where(file, e)}: {name} failed: {type(e).__name__}: {mistake(e)}") from e
 
@@ -188,7 +203,7 @@ def checked(name: str, found: Any, n: int) -> np.ndarray:
     if len(values) != n:
         raise UserError(f"{name}: returned {len(values)} rewards for {n} answers")
     for i, value in enumerate(values):
-        if value is not None and not (isinstance(value, (Real, np.generic)) and math.isfinite(float(value))):
+        if value is not None and not (isinstance(value, (Real, np.bool_)) and math.isfinite(float(value))):
             raise UserError(f"{name}: its reward for answer {i + 1} is {value!r}, must be a finite number or None")
     return np.array([np.nan if value is None else float(value) for value in values])
 

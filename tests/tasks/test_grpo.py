@@ -27,7 +27,8 @@ from sftjax.tasks.rollouts import Actor, in_parts
 from sftjax.train.run import read_metrics
 
 STEPS, HALF, P, G = 8, 4, 2, 4
-MINE = """
+MINE = """from __future__ import annotations
+from dataclasses import dataclass; import numpy as np
 def vowels(prompts, completions, number, **columns):
     assert all(p.startswith(str(n)) for p, n in zip(prompts, number))
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
@@ -35,6 +36,12 @@ def vowels(prompts, completions, number, **columns):
 def short(completions): return [1.0]
 def words(completions): return ["good" for _ in completions]
 def broken(completions): return [1 / 0 for _ in completions]
+def later(completions): yield 1 / 0
+def text(completions): return np.array(["good"] * len(completions))
+def typed(*args, completions): return (Typed(1.0).reward for _ in completions)
+@dataclass
+class Typed:
+    reward: float
 def wants(solution): return solution
 """
 
@@ -298,6 +305,7 @@ def test_rewards_by_name(world):
     np.testing.assert_array_equal(each["format"], [1, 0, 0])
     np.testing.assert_allclose(each["length"], [0.75, 0.5, 0.75])
     np.testing.assert_allclose(total, [1 + 1 + 0.5 + 1.5, 0 + 1 + 0 + 1, 1.5])
+    np.testing.assert_array_equal(Rewards(f"{world.root}/mine.py:typed")(answers)[0], [1, 1, 1])
 
 
 MISTAKES = {
@@ -310,7 +318,11 @@ MISTAKES = {
     "has no function nothing": ("MINE:nothing",),
     "short: returned 1 rewards for 2 answers": ("MINE:short",),
     "words: its reward for answer 1 is 'good', must be a finite number or None": ("MINE:words",),
-    "mine.py:8: broken failed: ZeroDivisionError: division by zero": ("MINE:broken",),
+    "text: its reward for answer 1 is": ("MINE:text",),
+    "--config.grpo.reward_weights=nan: needs numbers, e.g. 1,0.5": ("exact_match", "nan"),
+    "--config.grpo.rewards=length:²: needs a number of tokens": ("length:²",),
+    "mine.py:9: broken failed: ZeroDivisionError: division by zero": ("MINE:broken",),
+    "mine.py:10: later failed: ZeroDivisionError: division by zero": ("MINE:later",),
     "mine.py:wants: asks for solution, and the rows have number, prompts": ("MINE:wants",),
     "f.jsonl:1: none of the reward functions (exact_match) has a reward": ("exact_match",),
 }

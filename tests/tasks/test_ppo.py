@@ -14,17 +14,18 @@ import toy as worlds
 import sftjax
 from sftjax import tasks, tree
 from sftjax.config import UserError
-from sftjax.evaluate.heldout import question
+from sftjax.evaluate.heldout import Question, question
+from sftjax.evaluate.sequences import score
 from sftjax.losses import ppo
 from sftjax.losses.policy import action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.models.decoder import Output
-from sftjax.tasks.critics import Judge, add_value
+from sftjax.tasks.critics import Judge, add_value, base_of
 from sftjax.tasks.export import export
 from sftjax.tasks.job import Job
 from sftjax.tasks.ppo import iteration
 from sftjax.tasks.reference import reference
-from sftjax.tasks.rewards import Answered
+from sftjax.tasks.rewards import Answered, apart
 from sftjax.train.step import init_state, make_step, over_minibatches
 from sftjax.weights.lora import without
 
@@ -167,6 +168,24 @@ def test_a_judge_says_what_the_reward_model_says_and_compiles_once(world, judges
         np.testing.assert_allclose(judge(answers), expected, atol=1e-4)
         judge(answers[:1])
     assert judge.score._cache_size() == 1
+
+
+def test_a_reward_model_apart_reads_raw_text_behind_its_prompt(judges):
+    """As it was trained on rows of raw text: the prompt, the answer, and the token that ends a text."""
+    model = sftjax.load(judges["whole"])
+    end = model.tokenizer.eos_token_id
+    rows = [("grass is ", "green"), ("snow is ", "green")]
+    answers = [Answered(Question([1], prompt, None), {}, [1], True, said) for prompt, said in rows]
+    ids = [[*model.tokenizer(prompt + said)["input_ids"], end] for prompt, said in rows]
+    first, second = apart(str(judges["whole"]))(answers)
+    np.testing.assert_allclose([first, second], score(model, ids)[:, 0], atol=1e-4)
+    assert first != second
+
+
+def test_an_adapter_that_names_no_base_is_told_of(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    with pytest.raises(UserError, match="names no base_model_name_or_path"):
+        base_of(tmp_path)
 
 
 def test_it_learns_and_tells_what_it_did(run, toy):
