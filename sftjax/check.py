@@ -143,7 +143,11 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("data.label_prompt",), {"task": ("dpo", "kto", "reward")}),
     *((keys, {"task": tuple(t for t in CHOICES["task"] if t != task)}) for task, keys in OF_TASKS.items()),
     (("grpo.scale_rewards",), {"grpo.advantage": ("rloo",)}),
+    # with one update a step the policy is the one that answered, and there is nothing to clip
+    (("grpo.epsilon", "grpo.epsilon_high"), {"grpo.num_iterations": (1,), "grpo.num_mini_batches": (1,)}),
+    (("ppo.cliprange", "ppo.cliprange_value"), {"ppo.num_ppo_epochs": (1,), "ppo.num_mini_batches": (1,)}),
     (("ppo.kl_horizon",), {"ppo.kl_target": (None,)}),
+    (("ppo.kl_target", "ppo.kl_estimator"), {"ppo.kl_coef": (0,)}),  # nothing is paid, and nothing grows from 0
     (("ppo.value",), {"method": ("freeze",)}),  # the value's frozen layers are the policy's
     (("classify.class_weights",), {"classify.by": ("label",)}),
     (
