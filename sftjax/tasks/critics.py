@@ -57,13 +57,14 @@ class Judge:
     params: Any
 
     def __init__(self, path: str):
-        self.path = path
+        """Finds it. Raises UserError where it is not there."""
+        directory = Path(path).expanduser()
+        self.path, self.adapter = path, directory if (directory / "adapter_config.json").is_file() else None
+        self.base = resolve(base_of(self.adapter) if self.adapter else path)
 
     def sits(self, job: Job) -> None:
         """Loads it, over the policy's base where it is an adapter over the same. Raises UserError."""
-        self.job, c, directory = job, job.config, Path(self.path).expanduser()
-        adapter = directory if (directory / "adapter_config.json").is_file() else None
-        base = resolve(base_of(adapter) if adapter else self.path)
+        self.job, c, base, adapter = job, job.config, self.base, self.adapter
         refuse_other_tokens(job, self.path, open_tokenizer(base, adapter, c.model.trust_remote_code))
         if adapter and c.method not in WHOLE and same(base, job.base.directory):
             params, config = with_head(owned(job, bare(job)), job.decoder.config, adapter)

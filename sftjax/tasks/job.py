@@ -267,6 +267,14 @@ def check_batch(config: ConfigDict, mesh: Any) -> None:
             raise UserError(
                 f"{key}={rows} does not divide over {shards} data shards; use a multiple of {shards} or --config.mesh.data=1"
             )
+    if config.task in ROLLOUTS and not c.micro_batch:
+        n = config[config.task].num_mini_batches
+        if (c.batch_size // n) % shards:
+            raise UserError(
+                f"train.batch_size={c.batch_size} in {config.task}.num_mini_batches={n} makes updates of {c.batch_size // n} "
+                f"answers, which do not divide over {shards} data shards; use a multiple of {shards} for each or "
+                "--config.mesh.data=1"
+            )
     if WHOLE % columns:
         raise UserError(
             f"mesh.sequence={columns} does not divide {WHOLE}, of which rows' lengths are multiples; "

@@ -98,7 +98,10 @@ def function(name: str, key: str, model: Callable[[str], Reward]) -> Reward:
     if kind == "length":
         return near(rest, key)
     if kind == "model" and rest:
-        return model(rest)
+        try:
+            return model(rest)
+        except UserError as e:
+            raise UserError(f"--config.{key}={name}: {e}") from e
     if kind.endswith(".py") and rest:
         return own(Path(kind), rest, key)
     raise UserError(

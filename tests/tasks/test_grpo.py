@@ -341,6 +341,7 @@ def test_a_mistake_is_told_before_anything_runs(world, tmp_path):
     for sentence, changes in {
         "is no multiple of grpo.num_generations=3": {"grpo.num_generations": 3},
         "is no multiple of grpo.num_mini_batches=3": {"grpo.num_mini_batches": 3},
+        "makes updates of 4 answers, which do not divide over 8 data shards": {"grpo.num_mini_batches": 2, "mesh.data": 8},
         "--config.grpo.scale_rewards=batch: means nothing with --config.grpo.advantage=rloo": {
             "grpo.scale_rewards": "batch",
             "grpo.advantage": "rloo",

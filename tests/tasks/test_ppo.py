@@ -242,7 +242,7 @@ MISTAKES = {
     "train.batch_size=4 is no multiple of ppo.num_mini_batches=3": {"ppo.num_mini_batches": 3},
     "--config.ppo.kl_horizon=20.0: means nothing with --config.ppo.kl_target=None": {"ppo.kl_target": None},
     "{base}: a reward model has a score head of one number, this has none": {"ppo.rewards": "model:{base}"},
-    "{base}/nothing: no such directory": {"ppo.rewards": "model:{base}/nothing"},
+    "--config.ppo.rewards=model:{base}/nothing: {base}/nothing: no such directory": {"ppo.rewards": "model:{base}/nothing"},
 }
 
 
