@@ -97,7 +97,7 @@ def normalised(mask: Array, by: str, *, longest: int) -> tuple[Array, Array]:
     return {"grpo": (share, share), "dapo": (mask, mask), "dr_grpo": (mask / longest, share)}[by]
 
 
-def divergence(logps: Array, reference: Array, kind: str = "k3") -> Array:
+def divergence(logps: Array, reference: Array, kind: str) -> Array:
     """Each token's estimate of KL(pi || pi_ref), from one sample. http://joschu.net/blog/kl-approx.html
 
     k1  log pi - log pi_ref              without bias, and may be negative
@@ -178,10 +178,8 @@ def action_logps_and_entropy(forward: Forward, params: Any, batch: Any) -> tuple
     return jnp.roll(logps, 1, axis=1), jnp.roll(entropy, 1, axis=1)
 
 
-def grpo(
-    forward: Forward, *, low: float = 0.2, high: float = 0.2, beta: float = 0.0, kl: str = "k3", fresh: bool = False
-) -> Loss:
-    """`(params, Rollouts, key) -> (sum, count, metrics)`: the clipped loss, and `beta` times the distance from the reference.
+def grpo(forward: Forward, *, low: float = 0.2, high: float = 0.2, beta: float = 0.0, fresh: bool = False) -> Loss:
+    """`(params, Rollouts, key) -> (sum, count, metrics)`: the clipped loss, and `beta` times the distance from the reference, k3.
 
     `fresh`: the answers are this very policy's, so pi_old is pi, and `batch.logps` is not read. Metrics: clip_fraction,
     approx_kl from pi_old, entropy, and with a beta kl, from the reference.
@@ -201,7 +199,7 @@ def grpo(
         logps, old, reference = (jnp.where(acts, x, 0) for x in (logps, before, predicted(batch.reference)))
         counts, advantages = jnp.where(acts, predicted(batch.counts), 0), predicted(batch.advantages)
         each, clipped = clipped_policy(logps, old, advantages, low=low, high=high)
-        apart = divergence(logps, reference, kl)
+        apart = divergence(logps, reference, "k3")
         total = (weights * (each + beta * apart)).sum()
         n = counts.sum()
         shown = {"clip_fraction": clipped.astype(jnp.float32), "approx_kl": divergence(logps, old, "k2"), "entropy": entropy}
