@@ -105,6 +105,12 @@ def batch_shards(mesh: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def logit_shards() -> int:
+    """Over how many devices the logits of a column of a batch are split, by its rows and by the vocabulary."""
+    mesh = mesh_in_use()
+    return 1 if mesh is None else batch_shards(mesh) * mesh.shape[HEADS]
+
+
 def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """Logical axes of an array at `path`, with leading None for stacked layers."""
     for pattern, axes in AXES:

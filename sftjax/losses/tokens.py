@@ -26,7 +26,10 @@ from sftjax.weights import kinds
 Forward = Callable[..., Output]
 Loss = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]]]
 
-BLOCK = 2**22  # logits at a time: 16 MiB of float32
+# Logits at a time on a device. Few stay in a CPU's caches; an accelerator reads the whole head for each block, and needs rows
+# enough to be busy meanwhile: of a vocabulary of 128k these are 32 and 500 tokens. The gradient of a head that trains is added to
+# after each, as large as a thousand tokens' logits: its blocks are four times as large.
+BLOCK, WIDE = 2**22, 2**26
 
 
 def masked_xent(forward: Forward, *, label_smoothing: float = 0.0, z_loss: float = 0.0, router_balance: float = 0.0) -> Loss:
@@ -82,7 +85,7 @@ def logprobs(hidden: Array, head: kinds.Weight, targets: Array) -> Array:
     return joined(jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets)), targets.shape[1])
 
 
-def blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
+def blocks(vocab: int, *arrays: Array, trains: bool = False) -> tuple[Array, ...]:
     """Each [B, T, ...] as [n, B, t, ...]: along T, so that a sharded batch stays where it is. Padded with zeros.
 
     Of rows that are split over devices each block has a piece of every part, so that all devices work at all blocks.
@@ -90,7 +93,7 @@ def blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
     B, T = arrays[0].shape[:2]
     parts = sharding.columns(T)
     T //= parts  # of one part
-    t = max(1, min(T, BLOCK // (B * vocab * parts)))
+    t = max(1, min(T, block_size(trains) * sharding.logit_shards() // (B * vocab)))
     n = -(-T // t)
     t = -(-T // n)
 
@@ -100,6 +103,11 @@ def blocks(vocab: int, *arrays: Array) -> tuple[Array, ...]:
         return jnp.moveaxis(x.reshape(B, parts, n, t, *rest), 2, 0).reshape(n, B, parts * t, *rest)
 
     return tuple(cut(x) for x in arrays)
+
+
+def block_size(trains: bool = False) -> int:
+    """Logits at a time on a device, of a head that `trains` or does not."""
+    return BLOCK if jax.default_backend() == "cpu" else 4 * WIDE if trains else WIDE
 
 
 def joined(x: Array, T: int) -> Array:
@@ -160,7 +168,7 @@ def _xent_fwd(label_smoothing, z_loss, hidden, head, targets, weights):
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained])
-    (loss, nll, grads), dh = jax.lax.scan(block, start, blocks(head.shape[-1], hidden, targets, weights))
+    (loss, nll, grads), dh = jax.lax.scan(block, start, blocks(head.shape[-1], hidden, targets, weights, trains=bool(trained)))
     dhidden = joined(dh, hidden.shape[1])
     dhead: list[Any] = [None] * len(leaves)
     for i, g in zip(trained, grads):

@@ -21,14 +21,14 @@ from jax.extend.core import Var
 
 from sftjax import sharding, tree
 from sftjax.data.batch import Batch
-from sftjax.losses.tokens import BLOCK
+from sftjax.losses.tokens import block_size
 from sftjax.models.decoder import REMAT, Decoder, forward
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, placed
 from sftjax.weights.quantize import Quantised
 
 POLICIES = ("none", *REMAT)
 ALIVE = 0.7  # of what a layer's backward pass computes again, the share that is alive at once
-LOGITS = 3  # copies of a block of logits in float32: themselves, their exponentials, their gradient
+LOGITS = 6  # bytes of each logit of a block: itself in float32, and its gradient
 PROGRAM = 0.06 * 2**30
 T = 384  # tokens that a decoder is traced with: what it keeps grows as they do
 
@@ -106,6 +106,8 @@ class Estimator:
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
         self.offloaded = total(state.opt_state, host=True)
         self.wide = wide_kernel(job, self.sizes)
+        head = "head" if "head" in job.params else "embed"
+        self.head_trains = bool(jax.tree.leaves(state.trainable.get(head)))
         # a tied head's gradient and the embedding's are two until they are summed
         self.tied = total(state.trainable["embed"]) if job.source_config.tied else 0.0
 
@@ -137,16 +139,16 @@ class Estimator:
         width = jnp.dtype(job.decoder.dtype).itemsize
         hidden = 3 * tokens * c.width * width  # after the last layer: itself, normed, its gradient
         layer = ALIVE * max(whole - keeps, 0) / (c.layers - job.decoder.lower) + 2 * tokens * c.width * width + self.wide
-        columns = self.sizes["sequence"]
-        block = max(BLOCK, self.job.rows / job.micro_batches * columns * c.vocab) / self.shards / tensor / columns
-        logits = LOGITS * 4 * min(block, tokens * c.vocab)
+        with compiling_for(job.platform):
+            block = max(block_size(self.head_trains), rows * c.vocab / tensor)  # a token of each row at least
+        logits = LOGITS * min(block, tokens * c.vocab / tensor)
         parts = {**self.parameters, "optimiser": self.optimiser}
         parts["gradients"] = self.trained * (2 if accumulate else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps
         parts["logits block"] = logits
-        parts["temporaries of a layer"] = max(layer, hidden)
+        parts["or a layer's temporaries, more"] = max(0.0, layer - logits, hidden - logits)  # they come after the logits
         if self.offloaded:  # all of it comes for the update, when these are gone
-            parts["optimiser, in passing"] = max(0.0, self.offloaded - keeps - logits - parts["temporaries of a layer"])
+            parts["optimiser, in passing"] = max(0.0, self.offloaded - keeps - max(logits, layer, hidden))
         parts["program"] = PROGRAM
         return Memory(parts)
 

@@ -1,6 +1,7 @@
 """Cross entropy and log-probs in blocks equal those of whole logits, in value and in every gradient."""
 
 import json
+import math
 from functools import partial
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import AbstractMesh
 from tiny import assert_trees_close, batch
 
+from sftjax import sharding
 from sftjax.data.batch import Batch
 from sftjax.losses import logprobs, masked_xent, tokens
 from sftjax.models.decoder import Decoder, Output, forward
@@ -70,6 +73,21 @@ def test_equals_the_definition_whatever_the_block(name, options, block, monkeypa
     monkeypatch.setattr(tokens, "BLOCK", block)
     params = (HIDDEN, HEADS[name])
     assert_trees_close(value_and_grad(ours(name, **options), params), value_and_grad(whole(name, **options), params))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("axes", [{}, {"data": 16}, {"fsdp": 4, "sequence": 4}, {"data": 2, "tensor": 8}], ids=str)
+def test_a_devices_block_keeps_an_accelerator_busy(axes, trains, monkeypatch):
+    """However many there are, each has as many logits at a time; and all of them their share of the tokens."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    sizes = {name: axes.get(name, 1) for name in sharding.MESH}
+    rows, T, vocab = 16, 2048, 64 * 1024
+    hidden = jax.ShapeDtypeStruct((rows, T, 8), jnp.float32)
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(sizes.values()), tuple(sizes))):
+        n, B, t, _ = jax.eval_shape(lambda x: tokens.blocks(vocab, x, trains=trains)[0], hidden).shape
+    devices = math.prod(sizes.values())
+    assert (n * t, B) == (T, rows)
+    assert B * t * vocab // devices == min(tokens.WIDE * (4 if trains else 1), rows * T * vocab // devices)
 
 
 def test_equals_torch():
