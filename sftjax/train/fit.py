@@ -112,7 +112,7 @@ def rewarded(evals: Points) -> Fit:
     if len(evals) < 2:
         return Fit("unknown", "Too few evaluations to tell", "One evaluation: set --config.train.eval_every lower.")
     if last > first:
-        end = "" if last == best else f"; it was highest at step {best_step}, {best:.3f}"
+        end = "" if f"{last:.3f}" == f"{best:.3f}" else f"; it was highest at step {best_step}, {best:.3f}"
         text = f"It rose {told}{end}. Read the answers too: a policy finds what a reward pays for, and not what was meant."
         return Fit("good", "The held-out reward rose", text, best_step)
     text = f"It went {told}. Where the spread of rewards is near 0 there is nothing to learn from; else raise --config.optim.lr."

@@ -178,7 +178,7 @@ def preference_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) 
         chart.lines("Margin: chosen over rejected reward", both("rewards/margins"), zero=True),
         chart.lines("Accuracy: pairs whose chosen reward is higher", both("rewards/accuracies"), zero=True),
         chart.lines("Accuracy: texts whose own label scores highest", both("accuracy"), zero=True),
-        chart.lines("KL from the reference", both("kl"), zero=True),
+        None if real(train, "reward") else chart.lines("KL from the reference, nats an answer", both("kl"), zero=True),
     ]
 
 
@@ -196,7 +196,7 @@ def policy_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> l
         return [chart.Series(name, points(train, metric), look) for (name, metric), look in zip(metrics.items(), looks)]
 
     functions = [name for name in train[-1] if name.startswith("rewards/")]
-    each = functions if len(functions) > 1 else []
+    each, ppo = functions if len(functions) > 1 else [], "kl_coef" in train[-1]
     return [
         chart.lines("Reward of an answer", both("reward")),
         *(chart.lines(f"Reward by {name.removeprefix('rewards/')}", both(name)) for name in each),
@@ -205,6 +205,7 @@ def policy_charts(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> l
             [chart.Series("std", points(train, "reward_std"), "train")],
             zero=True,
         ),
+        chart.lines(f"KL from the reference, nats {'an answer' if ppo else 'a token'}", alone(KL="kl"), zero=True),
         chart.lines("Entropy of a token, nats", [chart.Series("entropy", points(train, "entropy"), "train")], zero=True),
         chart.lines("Share of clipped actions", alone(policy="clip_fraction", value="value_clip_fraction"), zero=True),
         chart.lines("Tokens of an answer", both("length"), zero=True),

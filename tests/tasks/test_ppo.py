@@ -197,6 +197,15 @@ def test_it_learns_and_tells_what_it_did(run, toy):
     assert trained[-1]["kl"] != 0 and trained[0]["clip_fraction"] < 0.5
     assert {*summary["seconds_a_step"]} == {"rollout", "score", "learn"}
     assert {"reward_before", "reward", "test_reward"} <= {*summary}
+    report = (workdir / "report.html").read_text()
+    curves = (
+        "Reward of an answer",
+        "KL from the reference, nats an answer",
+        "Entropy of a token, nats",
+        "Share of clipped actions",
+    )
+    curves += ("variance that the value explains", "Tokens of an answer", "Coefficient of the KL penalty")
+    assert all(f"{curve}</h3>" in report for curve in curves)
 
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(run, world, tmp_path):
