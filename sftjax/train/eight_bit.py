@@ -64,8 +64,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             return *(x.reshape(mu.shape) for x in (step, new_mu)), mu_scale, new_nu.reshape(mu.shape), nu_scale
 
         leaves, structure = jax.tree.flatten(grads)
-        found = [one(*each) for each in zip(leaves, *map(jax.tree.leaves, state[1:]))]
-        steps, *rest = (jax.tree.unflatten(structure, part) for part in zip(*found))
+        found = [*zip(*map(one, leaves, *map(jax.tree.leaves, state[1:])))] or [()] * 5  # none, where no array is blocked
+        steps, *rest = (jax.tree.unflatten(structure, part) for part in found)
         return steps, EightBitState(count, *rest)
 
     return optax.GradientTransformation(init, update)

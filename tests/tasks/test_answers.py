@@ -10,9 +10,9 @@ from sftjax import tasks, tree
 from sftjax.config import UserError
 from sftjax.evaluate import heldout
 from sftjax.generate.engine import Engine
+from sftjax.tasks import job
 from sftjax.tasks.answers import FILE, Answers
 from sftjax.tasks.job import Job
-from sftjax.train import loop
 from sftjax.weights.kinds import LowRank
 
 SHORT = {"train.steps": 2, "train.eval_every": 0, "eval.generate": 4, "eval.max_new_tokens": 4}
@@ -102,8 +102,8 @@ def watched(workdir):
 def test_answers_during_training_change_nothing_of_it(toy, tmp_path, monkeypatch):
     """The same losses and last answers as without; one compiled step; the answers are the model's of that moment."""
     compiled = []
-    make = loop.make_step
-    monkeypatch.setattr(loop, "make_step", lambda *a, **o: traced(make(*a, **o), compiled))
+    make = job.make_step
+    monkeypatch.setattr(job, "make_step", lambda *a, **o: traced(make(*a, **o), compiled))
     keys = SHORT | {"train.steps": 4, "train.log_every": 1}
     plain = tasks.train(toy.config(**keys), tmp_path / "plain")
     told = tasks.train(toy.config(**keys | {"train.generate_every": 2}), tmp_path / "watched")

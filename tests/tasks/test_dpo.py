@@ -221,7 +221,8 @@ def test_held_out_prompts_are_answered_and_a_run_is_evaluated_as_training_evalua
     named |= {"preference_accuracy": "accuracy"} if task == "dpo" else {}
     found_eval = evaluate_run(tmp_path / "run", rows=0, split="eval", say=lambda _: None)["figures"][0]["figures"]
     for figure, name in named.items():
-        assert found_eval[figure]["base"]["value"] == pytest.approx(summary[f"{name}_before"], rel=1e-4, abs=1e-5), name
+        if name != "accuracy":  # before training all margins are 0, but for rounding
+            assert found_eval[figure]["base"]["value"] == pytest.approx(summary[f"{name}_before"], rel=1e-4, abs=1e-5), name
         assert found_eval[figure]["tuned"]["value"] == pytest.approx(summary[name], rel=1e-4, abs=1e-5), name
     if task == "dpo":
         export(tmp_path / "run", to="hf", out=tmp_path / "out")

@@ -192,7 +192,7 @@ def test_held_out_prompts_are_answered_before_and_after(toy, tmp_path):
         ({"method": "freeze", "freeze.last_n_layers": 9}, "freeze.last_n_layers=9: the model has 3 layers"),
         ({"lora.targets": ("q_prj",)}, "did you mean q_proj"),
         ({"lora.rank": 0}, "--config.lora.rank=0: needs at least 1"),
-        ({"optim.name": "adamW"}, "needs one of adamw, adam, sgd"),
+        ({"optim.name": "adamW"}, "needs one of adamw, adamw_8bit, adam, sgd"),
         ({"train.batch_size": 0}, "--config.train.batch_size="),
         ({"train.log_every": 0}, "--config.train.log_every="),
         ({"train.steps": -1}, "--config.train.steps="),
