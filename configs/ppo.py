@@ -5,11 +5,14 @@
     sftjax export --workdir=runs/preferences/ppo --to=hf --out=runs/preferences/ppo_model
 
 The model says a sum and then, as often as not, says it again in a sentence of its own; the reward model, an adapter over the
-very same base, likes it short. Policy, reference, value and reward model are that base and three adapters.
+very same base, likes it short. Policy, reference, value and reward model are that base and three adapters. How many answers
+are short and right, word for word, is counted by a function of one's own (examples/preferences/rewards.py), which has weight 0:
+it is watched, and nothing is learnt from it.
 
-Two CPU cores: SECONDS. Held-out questions, for seeds 0, 1 and 2: the reward rises from -0.17, 0.07, 0.11 to 2.40, 2.37, 2.38;
-of 100 answers 50, 46, 51 are the short one, then 98, 96, 98. KL to the reference,
-the mean of the last ten steps: 1.2, 1.3, 1.7 nats an answer, and in no step above 3.8.
+Two CPU cores: 30 steps in a minute and a half, compiling and evaluations included, with other work on the machine. 300 held-out
+questions, for seeds 0, 1 and 2: the reward rises from -0.17, 0.07, 0.11 to 2.40, 2.37, 2.38; 45, 49, 51 % of the answers are
+short and right, then 97, 96, 97 %. KL to the reference, the mean of the last ten steps: 1.2, 1.3, 1.7 nats an answer, and in no
+step above 3.8.
 
 On your own prompts: --config.model.path=Qwen/Qwen3-0.6B --config.data.train=prompts.jsonl --config.data.max_length=1024
 --config.ppo.rewards=model:runs/mine/judge --config.ppo.max_completion_length=512 --config.optim.lr=1e-5
@@ -29,11 +32,12 @@ def get_config() -> ConfigDict:
     c.lora.rank = 16
     c.lora.alpha = 32.0
 
-    c.data.train = ("runs/preferences/undecided.jsonl",)  # its questions
+    c.data.train = ("runs/preferences/pairs.jsonl",)  # its prompts; what it says of answers goes to the reward functions
     c.data.split = (8, 1, 1)
     c.data.max_length = 256
 
-    c.ppo.rewards = "model:runs/preferences/judge"
+    c.ppo.rewards = ("model:runs/preferences/judge", "examples/preferences/rewards.py:short_and_right")
+    c.ppo.reward_weights = (1.0, 0.0)
     c.ppo.max_completion_length = 48
     c.ppo.missing_eos_penalty = 1.0
     c.ppo.num_ppo_epochs = 2

@@ -17,7 +17,7 @@ for task in ppo grpo; do
   sftjax train --config="configs/$task.py" --workdir="$P/$task"
   sftjax export --workdir="$P/$task" --to=hf --out="$P/${task}_model"
 done
-question="My sister had nine yellow hats and lost four. How many are left?"
+question="Mei had eight white birds and sold four. How many are left?" # a held-out one
 for model in "$P/undecided" "$P/ppo_model" "$P/grpo_model"; do
   echo "> $question"
   echo "$question" | sftjax chat --model="$model"

@@ -1,6 +1,6 @@
 """A reward function of one's own: 1 for the short right answer, which the row has as `chosen`, word for word.
 
---config.grpo.rewards=examples/preferences/rewards.py:short_and_right
+--config.grpo.rewards=examples/preferences/rewards.py:short_and_right     (or ppo.rewards)
 """
 
 from __future__ import annotations
