@@ -1,7 +1,7 @@
 """Memory of a training step on an accelerator, as its compiler lays it out: with no weights, and no accelerator.
 
     python bench/memory.py                                                    # the table of results/memory.md
-    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 --length=2048 --remat=full --chip=v5e:1x1
+    python bench/memory.py --shapes llama3-8b --methods qlora --rows=2 --length=2048 --remat=block --chip=v5e:1x1
     python bench/memory.py --chip=cpu --shapes tiny --dtype=float32           # this machine's own compiler
     python bench/memory.py --quantise                                         # seconds to quantise a 4096 x 4096 kernel here
 
@@ -50,7 +50,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=2)
     p.add_argument("--micro-batch", type=int, help="rows at a time (default all)")
     p.add_argument("--length", type=int, default=2048)
-    p.add_argument("--remat", default="full", choices=CHOICES["model.remat"])
+    p.add_argument("--remat", default="block", choices=CHOICES["model.remat"])
     p.add_argument("--optim", default="adamw", help="the optimiser (default adamw, with two moments; lion has one)")
     p.add_argument("--dtype", default="bfloat16", help="compute dtype (default bfloat16)")
     p.add_argument("--chip", default="v6e:1x1", help="a TPU topology such as v5e:1x1, or cpu (default v6e:1x1)")

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c = default()
     c.task = "classify"
     c.model.path = "Qwen/Qwen3-0.6B"
-    c.model.remat = "dots"
+    c.model.remat = "minimal"
 
     c.method = "lora"
     c.lora.rank = 16

@@ -7,7 +7,7 @@
 As it stands it is the quickstart's: 0.9 M parameters from random weights, 600 steps of 1,024 tokens, under a minute on
 two CPU cores; the eval loss goes from 7.13 to 0.436 (half a line is news; its translation is nearly free). To go on with a
 model of one's own, give --config.model.path, --config.data.train=mine.txt, and what fits a larger one:
---config.optim.lr=1e-4 --config.data.max_length=2048 --config.model.remat=dots.
+--config.optim.lr=1e-4 --config.data.max_length=2048 --config.model.remat=minimal.
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,7 @@ from sftjax.config import default
 def get_config() -> ConfigDict:
     c = default()
     c.model.path = "Qwen/Qwen3-0.6B"
-    c.model.remat = "full"
+    c.model.remat = "block"
 
     c.method = "full"
 

@@ -16,7 +16,7 @@ from sftjax.config import default
 def get_config() -> ConfigDict:
     c = default()
     c.model.path = "Qwen/Qwen3-0.6B"
-    c.model.remat = "dots"
+    c.model.remat = "minimal"
 
     c.method = "lora"
     c.lora.rank = 16

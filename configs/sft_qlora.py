@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c = default()
     c.model.path = "Qwen/Qwen3-8B"
     c.model.quantize = "nf4"
-    c.model.remat = "full"  # each layer again in the backward pass: its input is all that is kept
+    c.model.remat = "block"  # each layer again in the backward pass: its input is all that is kept
 
     c.method = "lora"
     c.lora.rank = 16

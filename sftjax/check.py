@@ -23,7 +23,7 @@ CHOICES = {
     "dpo.nll_by": (None, "pair", "token", "sum"),
     "kto.loss": ("kto", "apo_zero_unpaired"),
     "model.dtype": (None, "float32", "bfloat16", "float16"),
-    "model.remat": ("none", "dots", "full", "offload"),
+    "model.remat": ("none", "minimal", "block", "offload"),
     "model.quantize": (None, "nf4", "int8"),
     "method": ("lora", "full", "freeze", "adapter", "tokens"),
     "lora.init": ("zero", "pissa", "olora"),

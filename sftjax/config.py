@@ -43,9 +43,9 @@ def default() -> ConfigDict:
     # that have none, such as a T4), float32 on CPU
     c.model.dtype = placeholder(str)
     c.model.scan = True  # one compiled layer body; False unrolls it
-    # the backward pass recomputes: none = nothing, dots = all but products and attention, full = each layer from its input,
+    # the backward pass recomputes: none = nothing, minimal = all but products and attention, block = each layer from its input,
     # offload = the same, with the inputs kept in the host's memory
-    c.model.remat = "dots"
+    c.model.remat = "minimal"
 
     c.method = "lora"  # lora | full | freeze | adapter | tokens
     c.lora = ConfigDict()

@@ -82,27 +82,27 @@ FSDP = {"mesh.data": 1, "mesh.fsdp": -1}
 SMALL = {"data.max_length": 256, "train.batch_size": 4}
 # name -> model, topology, what the config changes
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama3_8b_lora": ("llama3_8b", "v6e:1x1", {"model.remat": "full", "train.batch_size": 2}),
-    "llama3_8b_qlora": ("llama3_8b", "v5e:1x1", {"model.remat": "full", "train.batch_size": 2, "model.quantize": "nf4"}),
-    "llama3_8b_full": ("llama3_8b", "v5e:4x4", {"model.remat": "full", "train.batch_size": 16, "method": "full", **FSDP}),
-    "qwen3_lora": ("qwen3_06b", "v5e:1x1", {"model.remat": "dots", "train.batch_size": 4}),
-    "qwen3_lora_remat_full": ("qwen3_06b", "v5e:1x1", {"model.remat": "full", "train.batch_size": 8}),
+    "llama3_8b_lora": ("llama3_8b", "v6e:1x1", {"model.remat": "block", "train.batch_size": 2}),
+    "llama3_8b_qlora": ("llama3_8b", "v5e:1x1", {"model.remat": "block", "train.batch_size": 2, "model.quantize": "nf4"}),
+    "llama3_8b_full": ("llama3_8b", "v5e:4x4", {"model.remat": "block", "train.batch_size": 16, "method": "full", **FSDP}),
+    "qwen3_lora": ("qwen3_06b", "v5e:1x1", {"model.remat": "minimal", "train.batch_size": 4}),
+    "qwen3_lora_remat_block": ("qwen3_06b", "v5e:1x1", {"model.remat": "block", "train.batch_size": 8}),
     "qwen3_lora_remat_none": ("qwen3_06b", "v5e:1x1", {"model.remat": "none", "train.batch_size": 2}),
-    "qwen3_full": ("qwen3_06b", "v6e:1x1", {"model.remat": "dots", "train.batch_size": 4, "method": "full"}),
+    "qwen3_full": ("qwen3_06b", "v6e:1x1", {"model.remat": "minimal", "train.batch_size": 4, "method": "full"}),
     "llama3_70b_qlora": (
         *("llama3_70b", "v5p:2x2x1"),
-        {"model.remat": "full", "train.batch_size": 4, "model.quantize": "nf4", **FSDP},
+        {"model.remat": "block", "train.batch_size": 4, "model.quantize": "nf4", **FSDP},
     ),
     "mixtral_lora": (
         *("mixtral", "v5p:2x2x1"),
-        {"model.remat": "full", "train.batch_size": 4, "lora.targets": "q_proj,k_proj,v_proj,o_proj", **FSDP},
+        {"model.remat": "block", "train.batch_size": 4, "lora.targets": "q_proj,k_proj,v_proj,o_proj", **FSDP},
     ),
-    "gate_sft": ("tiny", "v5e:1x1", {"model.remat": "dots", **SMALL}),
-    "gate_qlora": ("tiny", "v6e:1x1", {"model.remat": "full", "model.quantize": "nf4", **SMALL}),
-    "gate_moe": ("tiny_moe", "v5e:1x1", {"model.remat": "full", "lora.targets": "q_proj,v_proj", **SMALL}),
-    "gate_dpo": ("tiny", "v5p:1x1x1", {"model.remat": "full", "task": "dpo", **SMALL}),
-    "gate_8bit": ("tiny", "v6e:1x1", {"model.remat": "full", "method": "full", "optim.name": "adamw_8bit", **SMALL}),
-    "gate_offload": ("tiny", "v5e:1x1", {"model.remat": "full", "method": "full", "optim.offload": "true", **SMALL}),
+    "gate_sft": ("tiny", "v5e:1x1", {"model.remat": "minimal", **SMALL}),
+    "gate_qlora": ("tiny", "v6e:1x1", {"model.remat": "block", "model.quantize": "nf4", **SMALL}),
+    "gate_moe": ("tiny_moe", "v5e:1x1", {"model.remat": "block", "lora.targets": "q_proj,v_proj", **SMALL}),
+    "gate_dpo": ("tiny", "v5p:1x1x1", {"model.remat": "block", "task": "dpo", **SMALL}),
+    "gate_8bit": ("tiny", "v6e:1x1", {"model.remat": "block", "method": "full", "optim.name": "adamw_8bit", **SMALL}),
+    "gate_offload": ("tiny", "v5e:1x1", {"model.remat": "block", "method": "full", "optim.offload": "true", **SMALL}),
 }
 CASES |= {  # each task on every chip
     f"{gate}_{chip}": (CASES[gate][0], topology, CASES[gate][2])

@@ -255,7 +255,7 @@ def test_what_the_step_is_given_is_exact(case, tmp_path):
 def test_less_is_kept_where_more_is_done_again(tmp_path):
     on = estimator("gate_sft", tmp_path)
     keeps = {name: on.kept(name).token for name in memory.POLICIES}
-    assert keeps["none"] > keeps["dots"] > keeps["full"] > 0 and set(keeps) == {"none", *REMAT}
+    assert keeps["none"] > keeps["minimal"] > keeps["block"] > 0 and set(keeps) == {"none", *REMAT}
     assert on.at(rows=2).peak < on.at(rows=4).peak < on.at(rows=4, remat="none").peak
 
 

@@ -80,7 +80,7 @@ def make_loss(method):
         return dpo(forward(Decoder(c)), reference=without)
     if method == "lora":
         return masked_xent(neftune(forward(Decoder(c)), alpha=5))
-    return masked_xent(forward(Decoder(c, remat="dots")), router_balance=0.1 if c.experts else 0.0)
+    return masked_xent(forward(Decoder(c, remat="minimal")), router_balance=0.1 if c.experts else 0.0)
 
 
 def make_params(method):

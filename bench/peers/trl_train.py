@@ -1,6 +1,6 @@
 """TRL and PEFT on one case of bench/train.py, as one line of JSON. Needs torch with CUDA, trl, peft; for qlora bitsandbytes.
 
-    python bench/peers/trl_train.py '{"raw": {...}, "method": "lora", "rows": 4, "length": 4096, "remat": "dots", "steps": 10}'
+    python bench/peers/trl_train.py '{"raw": {...}, "method": "lora", "rows": 4, "length": 4096, "remat": "minimal", "steps": 10}'
 
 The model is made on the device with random weights, in bfloat16; for qlora it is written to a temporary folder and read again in
 NF4 with double quantisation, as bitsandbytes has it. The texts have the lengths of bench/train.py's, and TRL packs them.

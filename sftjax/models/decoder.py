@@ -28,8 +28,8 @@ from sftjax.weights import kinds
 
 # by name, not by kind of operation: on CPU attention's own products are inside loops and would be saved whole
 REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "minimal": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+    "block": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(), names_which_can_be_offloaded=("layer",), offload_src="device", offload_dst="pinned_host"
     ),

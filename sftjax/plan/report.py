@@ -295,19 +295,19 @@ def suggest(config: ConfigDict, on: Estimator, where: Topology, say: Say) -> lis
 
 
 def changes(config: ConfigDict, on: Estimator, where: Topology) -> Iterator[tuple[str, dict[str, str], Topology]]:
-    remat = {} if config.model.remat == "full" else {"model.remat": "full"}
+    remat = {} if config.model.remat == "block" else {"model.remat": "block"}
     least = {} if on.rows <= 1 else {"train.micro_batch": str(on.shards)}
     spread = {"mesh.data": "1", "mesh.fsdp": "-1"} if where.devices > 1 and on.sizes["fsdp"] < where.devices else {}
     if remat:
-        yield "remat=full", remat, where
+        yield "remat=block", remat, where
     if least:
         yield f"micro_batch={on.shards}", least, where
     if remat and least:
-        yield f"remat=full with micro_batch={on.shards}", remat | least, where
+        yield f"remat=block with micro_batch={on.shards}", remat | least, where
     if spread:
         every = {"train.micro_batch": str(where.devices)} if config.train.batch_size > where.devices else {}
         yield f"fsdp={where.devices}", spread, where
-        yield f"fsdp={where.devices} with remat=full", spread | remat | every, where
+        yield f"fsdp={where.devices} with remat=block", spread | remat | every, where
     own = default()
     reset = {f"freeze.{key}": str(own.freeze[key]) for key in ("last_n_layers",) if config.freeze[key] != own.freeze[key]}
     if config.method in ("full", "freeze"):

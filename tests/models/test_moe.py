@@ -78,7 +78,7 @@ def value_and_grad(model, p, b=PACKED):
     return jax.jit(jax.value_and_grad(lambda p: loss(p, b, None)[0]))(p)
 
 
-@pytest.mark.parametrize("options", [{"scan": False}, {"remat": "dots"}, {"remat": "full"}, {"lower": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"scan": False}, {"remat": "minimal"}, {"remat": "block"}, {"lower": 2}], ids=str)
 def test_unrolled_rematerialised_and_cut_change_nothing(options, reference):
     p, loss, grads = reference
     again, grads_again = value_and_grad(Decoder(MIXED, **options), select.cut(p, 1) if "lower" in options else p)

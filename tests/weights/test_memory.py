@@ -20,7 +20,7 @@ from sftjax.weights.targets import match
 MEMORY_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def temporary(kind, *, layers=16, dtype=jnp.bfloat16, remat="dots", scan=True, micro_batches=1, dora=False):
+def temporary(kind, *, layers=16, dtype=jnp.bfloat16, remat="minimal", scan=True, micro_batches=1, dora=False):
     """(temporary bytes of a compiled training step over eight tokens, bytes of all layers' kernels in 16 bits)."""
     c = config(width=256, mlp_width=512, kv_heads=4, head_dim=64, layers=layers)
 
@@ -45,10 +45,10 @@ def temporary(kind, *, layers=16, dtype=jnp.bfloat16, remat="dots", scan=True, m
     "options",
     [
         {"kind": "nf4", "remat": "none"},
-        {"kind": "nf4", "remat": "dots"},
-        {"kind": "nf4", "remat": "full", "dora": True},
+        {"kind": "nf4", "remat": "minimal"},
+        {"kind": "nf4", "remat": "block", "dora": True},
         {"kind": "nf4", "dtype": jnp.float32},
-        {"kind": "int8", "remat": "full", "micro_batches": 2},
+        {"kind": "int8", "remat": "block", "micro_batches": 2},
         {"kind": "nf4", "layers": 4, "scan": False, "micro_batches": 2},
     ],
     ids=str,
