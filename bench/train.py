@@ -1,6 +1,6 @@
 """Speed of a training step on an accelerator: tokens a second, model FLOP/s, MFU, memory. It has not been run on one yet.
 
-    python bench/train.py                                    # five cases, in under ten minutes on an H200
+    python bench/train.py                                    # six cases, in under ten minutes on an H200
     python bench/train.py --cases 8b-lora 8b-qlora --minutes=4
     python bench/train.py --peer --cases 8b-lora             # TRL and PEFT on the same shapes, in the same call
     python bench/train.py --cases 1b-full --trace=traces     # jax.profiler's trace of three steps, for xprof
@@ -10,25 +10,29 @@ Each case is a process of its own. Weights are random and made on the device, fr
 the batch is rows of 4096 tokens packed without a gap from texts of some 600 (lognormal), of which two thirds of the tokens are
 trained; the step is the run's own (train/step.py over the Decoder and masked cross entropy, AdamW, clipping, state donated).
 A setting that does not fit gives way to the next of its case, which is said. Timed are steps after two that are not, one after
-the other with the state handed on, and the clock stops when the last has ended.
+the other with the state handed on, and the clock stops when the last has ended. What one case's compiler finds out about matrix
+products the next ones' know (JAX_COMPILATION_CACHE_DIR, by default a new folder for each call).
 
     tokens/s         of all tokens; trained tokens/s of those in the loss
     model FLOP/s     tokens/s * the model's own FLOPs a token (train/progress.py: 2 P forward, 2 P backward for dx, 2 for each
                      parameter that trains, attention over the keys a token sees in its text, the head); what
                      rematerialisation does twice, and what is masked, does not count
     MFU              model FLOP/s over the maker's dense bfloat16 peak of the device
-    peak             the device's own count of bytes in use at most, or where it has none the compiler's sum
+    peak             the device's own count of bytes in use at most, making the weights included
+    step             the compiler's sum for the step: what it is given and what it needs beside that
 
-Nothing is imported but jax, flax, optax and numpy with the package itself; ml_collections, where it is missing, has a stand-in.
+Nothing is imported but jax, flax (with the rich that it needs), optax and numpy; ml_collections, where missing, has a stand-in.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -38,6 +42,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 PEER = REPO / "bench/peers/trl_train.py"
 LENGTH, TEXT, TRAINED = 4096, 600, 2 / 3
+LEAST = 60  # seconds that a case leaves to each one after it
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 LLAMA |= {"max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": False}
@@ -56,13 +61,15 @@ SHAPES: dict[str, dict[str, Any]] = {  # as a config.json has them
     | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2},
 }
-# case -> shape, method, and (rows, remat) to be tried in turn: the first that fits is measured
-CASES: dict[str, tuple[str, str, tuple[tuple[int, str], ...]]] = {
-    "8b-lora": ("llama3-8b", "lora", ((4, "dots"), (2, "dots"), (4, "full"), (1, "full"))),
-    "8b-qlora": ("llama3-8b", "qlora", ((4, "dots"), (2, "dots"), (4, "full"), (1, "full"))),
-    "7b-lora": ("qwen2.5-7b", "lora", ((4, "dots"), (2, "dots"), (4, "full"), (1, "full"))),
-    "1b-full": ("llama3.2-1b", "full", ((8, "dots"), (4, "dots"), (4, "full"), (1, "full"))),
-    "3b-full": ("llama3.2-3b", "full", ((4, "dots"), (2, "dots"), (4, "full"), (1, "full"))),
+# case -> shape, method, length of a row, and (rows, remat) to be tried in turn: the first that fits is measured
+FOUR = ((4, "minimal"), (2, "minimal"), (4, "block"), (1, "block"))
+CASES: dict[str, tuple[str, str, int, tuple[tuple[int, str], ...]]] = {
+    "8b-lora": ("llama3-8b", "lora", LENGTH, FOUR),
+    "8b-qlora": ("llama3-8b", "qlora", LENGTH, FOUR),
+    "7b-lora": ("qwen2.5-7b", "lora", LENGTH, FOUR),
+    "1b-full": ("llama3.2-1b", "full", LENGTH, ((8, "minimal"), *FOUR)),
+    "3b-full": ("llama3.2-3b", "full", LENGTH, FOUR),
+    "8b-qlora-small": ("llama3-8b", "qlora", 2048, ((2, "offload"), (2, "block"))),  # in how little memory it goes
 }
 COLUMNS = {
     "rows": "rows x length",
@@ -73,6 +80,7 @@ COLUMNS = {
     "tflops": "model TFLOP/s",
     "mfu": "MFU",
     "peak_gib": "peak GiB",
+    "step_gib": "step GiB",
     "compile_s": "compile s",
     "loss": "loss",
 }
@@ -84,7 +92,7 @@ def main() -> None:
     p.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     p.add_argument("--shapes", choices=["tiny"], help="tiny: every case on a tiny model with rows of 256 tokens")
     p.add_argument("--rows", type=int, help="rows a step, in place of the case's own")
-    p.add_argument("--remat", choices=["none", "dots", "full", "offload"], help="in place of the case's own")
+    p.add_argument("--remat", choices=["none", "minimal", "block", "offload"], help="in place of the case's own")
     p.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
     p.add_argument(
         "--minutes", type=float, default=9.5, help="for all of it; what is not begun by then is left out (default 9.5)"
@@ -99,27 +107,29 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(a.one))))
         return
     until, lines = time.monotonic() + 60 * a.minutes, []
-    for case in a.cases:
-        for who in ("sftjax", "TRL")[: 1 + a.peer]:
-            got = run(a, case, who, until)
+    todo = [(case, who) for case in a.cases for who in ("sftjax", "TRL")[: 1 + a.peer]]
+    with tempfile.TemporaryDirectory() as compiled:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+        for i, (case, who) in enumerate(todo, 1):
+            left, after = until - time.monotonic(), len(todo) - i
+            got = run(a, case, who, until - min(LEAST * after, left * after / (after + 1)))
             lines.append((case, who, got))
             print(f"{case} {who}: {json.dumps(got)}", file=sys.stderr, flush=True)
-    text = table(lines, a)
-    print(text)
-    if a.out:
-        a.out.write_text(text)
+            if a.out:  # what is measured is kept, whatever becomes of the rest
+                a.out.write_text(table(lines, a))
+    print(table(lines, a))
 
 
 def run(a: argparse.Namespace, case: str, who: str, until: float) -> dict[str, Any]:
     """The first of the case's settings that fits, measured in a process of its own; {"why": ...} where none was."""
-    shape, method, settings = CASES[case]
+    shape, method, length, settings = CASES[case]
     settings = tuple((a.rows or rows, a.remat or remat) for rows, remat in settings)
     refused: list[str] = []
     for rows, remat in dict.fromkeys(settings):
         left = until - time.monotonic()
         if left < 20:
             return {"why": "no time was left"}
-        size = {"raw": SHAPES[a.shapes or shape], "length": 256 if a.shapes else LENGTH}
+        size = {"raw": SHAPES[a.shapes or shape], "length": 256 if a.shapes else length}
         asked = {"method": method, "rows": rows, "remat": remat, "steps": a.steps, **size}
         if who == "TRL":
             command = [a.peer_python, str(PEER), json.dumps(asked)]
@@ -134,15 +144,17 @@ def run(a: argparse.Namespace, case: str, who: str, until: float) -> dict[str, A
             tried = {"tried": refused} if refused else {}
             return {"rows": rows, "remat": remat} | json.loads(done.stdout.splitlines()[-1]) | tried
         if not any(said in done.stderr for said in NO_ROOM):
-            return {"why": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]}
+            said = done.stderr.strip().splitlines() or ["it ended without a word"]
+            print(*said[-30:], sep="\n", file=sys.stderr, flush=True)
+            return {"why": said[-1][:200]}
         refused.append(f"{rows} rows, remat={remat}: no room")
     return {"why": "; ".join(refused)}
 
 
 def environment(who: str) -> dict[str, str]:
-    """Of a GPU's memory, all that is needed; jax takes three quarters of it unasked."""
-    own = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} if who == "sftjax" else {"HF_HUB_OFFLINE": "1"}
-    return own | os.environ
+    """Of a GPU's memory, all that is needed; jax takes three quarters of it unasked. Filtered, a traceback ends with a remark."""
+    ours = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "JAX_TRACEBACK_FILTERING": "off"}
+    return (ours if who == "sftjax" else {"HF_HUB_OFFLINE": "1"}) | os.environ
 
 
 def measure(
@@ -190,7 +202,7 @@ def measure(
 
     device, m = jax.devices()[0], compiled.memory_analysis()
     summed = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", summed)
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     flops = model_flops_per_token(shape, params, mask, mean_length)
     speed = int(metrics["tokens"]) / step_s
     return {
@@ -202,7 +214,8 @@ def measure(
         "flops_per_token": flops,
         "tflops": speed * flops / 1e12,
         "mfu": mfu(speed, flops, device.device_kind, 1),
-        "peak_gib": peak / 2**30,
+        "peak_gib": peak and peak / 2**30,
+        "step_gib": summed / 2**30,
         "compile_s": compile_s,
         "first_loss": first,
         "loss": float(metrics["loss"]),
@@ -239,14 +252,22 @@ def weights(c: Any, shape: Any) -> tuple[Any, Any, Any]:
     shapes = jax.eval_shape(lambda: init(shape, jax.random.key(0)))
     quantisers = method.quantiser(shapes, c)
 
-    def make(path: str, like: Any) -> Any:  # as init does, but a leaf at a time: all of them in float32 have no room
+    def make(path: str, like: Any) -> Any:
+        """As init does, but a layer of a leaf at a time, or some rows: a GPU draws a number by way of four words of 32 bits."""
+
         def leaf() -> Any:
             if path.endswith("scale"):
                 return jnp.full(like.shape, 0.0 if shape.norm_offset else 1.0, kept)
             if path.endswith("bias"):
                 return jnp.zeros(like.shape, kept)
-            w = shape.init_std * jax.random.normal(tree.fold_path(jax.random.key(0), path), like.shape, jnp.bfloat16)
-            return quantisers[path](w) if path in quantisers else w.astype(kept)
+            n = like.shape[0] if like.ndim > 2 else math.gcd(like.shape[0], 64)
+
+            def part(key: Any) -> Any:
+                w = shape.init_std * jax.random.normal(key, (like.size // n // like.shape[-1], like.shape[-1]), jnp.bfloat16)
+                return quantisers[path](w) if path in quantisers else w.astype(kept)
+
+            made = jax.lax.map(part, jax.random.split(tree.fold_path(jax.random.key(0), path), n))
+            return made if like.ndim > 2 else made.reshape(like.shape)
 
         return jax.jit(leaf)()
 
