@@ -194,8 +194,13 @@ class Job:
         return made_of | {"trained_tokens": dict(zip(self.chat.tokenizer.convert_ids_to_tokens(ids), ids))}
 
     def refuse_another_run(self, force: bool) -> None:
-        """A directory that holds a run of another config, data or base is left alone, unless `force` says to go on in it."""
-        old = self.run.read_json("manifest.json")
+        """A directory that holds a run of another config, data or base is left alone, unless `force` says to go on in it.
+
+        One that ended before anything was measured, by a mistake in its config for one, holds nothing to go on with.
+        """
+        saved = self.run.checkpoints.is_dir() and any(self.run.checkpoints.iterdir())
+        begun = saved or (self.run.workdir / "metrics.jsonl").exists()
+        old = self.run.read_json("manifest.json") if begun else None
         changed = difference(old, self.manifest) if old else []
         if changed and not force:
             raise UserError(
@@ -203,7 +208,7 @@ class Job:
                 + "\n  ".join(changed)
                 + "\nuse another --workdir, or --force to go on with its checkpoint"
             )
-        if old and self.run.checkpoints.is_dir() and any(self.run.checkpoints.iterdir()):
+        if old and saved:
             self.refuse_another_meaning(old, changed)
 
     def refuse_another_meaning(self, old: dict[str, Any], changed: list[str]) -> None:

@@ -213,5 +213,6 @@ def checked(name: str, found: Any, n: int) -> np.ndarray:
 
 def where(file: Path, e: Exception) -> str:
     """`file:line` of the user's own line that failed."""
-    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(file)]
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
     return f"{file}:{lines[-1]}" if lines else str(file)

@@ -337,6 +337,12 @@ def test_a_mistake_in_rewards_is_told_in_a_sentence(sentence, world):
     assert sentence in str(refused.value)
 
 
+def test_a_function_by_a_path_from_here_fails_by_its_line_too(world, monkeypatch):
+    monkeypatch.chdir(world.root)
+    with pytest.raises(UserError, match=r"^mine\.py:9: broken failed"):
+        Rewards("mine.py:broken")([answered("a")])
+
+
 def test_a_mistake_is_told_before_anything_runs(world, tmp_path):
     for sentence, changes in {
         "is no multiple of grpo.num_generations=3": {"grpo.num_generations": 3},

@@ -263,6 +263,16 @@ def test_a_mistake_is_told_in_a_sentence(sentence, toy, world, tmp_path):
     assert str(refused.value).startswith(sentence.format(base=toy.base))
 
 
+def test_after_a_mistake_the_directory_is_there_for_what_was_meant(toy, world, tmp_path):
+    wrong, meant = world(**{"ppo.rewards": f"model:{toy.base}"}), world()
+    with pytest.raises(UserError, match="score head"):
+        tasks.train(wrong, tmp_path / "run")
+    Job(meant, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").touch()  # and it began
+    with pytest.raises(UserError, match="holds a run of something else"):
+        Job(wrong, tmp_path / "run")
+
+
 def test_a_judge_that_reads_other_tokens_is_refused(world, judges, tmp_path):
     other = shutil.copytree(judges["whole"], tmp_path / "other")
     words = json.loads((other / "tokenizer.json").read_text())
