@@ -69,10 +69,12 @@ def axis_sizes(sizes: Mapping[str, int], devices: int, called: str) -> dict[str,
     known = math.prod(n for n in sizes.values() if n != -1)
     if len(free) > 1:
         raise UserError(f"mesh: only one axis may be -1, not {' and '.join(free)}")
-    if free and devices % known == 0:
+    shown = " x ".join(f"{k}={v}" for k, v in sizes.items() if v not in (1, -1)) or "one device"
+    if free and devices % known:
+        raise UserError(f"mesh: {shown} does not divide the {devices} {called}, of which {free[0]} is to take the rest")
+    if free:
         sizes[free[0]] = devices // known
     if math.prod(sizes.values()) != devices:
-        shown = " x ".join(f"{k}={v}" for k, v in sizes.items() if v != 1) or "one device"
         raise UserError(f"mesh: {shown} does not make the {devices} {called}; set one of --config.mesh.* to -1")
     return sizes
 

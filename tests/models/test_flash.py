@@ -91,6 +91,9 @@ def test_a_step_over_4096_tokens_holds_no_scores(platform, monkeypatch):
     assert "4096x4096x" not in program and "4096x" in program
     assert ("tpu_custom_call" in program) == (platform == "tpu")
     assert ("@__cudnn$fmhaSoftmaxBackward(" in program) == ("@__cudnn$fmhaSoftmax(" in program) == (platform == "cuda")
+    if platform == "cpu":
+        compiled = step.lower().compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+        assert "4096,4096]" not in compiled and "4096,24]" in compiled
     if platform == "cuda":
         assert all(f'"max_seg_per_batch": {n}' in program.replace("\\22", '"') for n in flash.TEXTS)
 
