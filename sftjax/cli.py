@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -341,17 +342,21 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 
 def what_next(to: str, out: str, quantize: str | None) -> str:
     """The command that uses an export; what lies there says whether it is an adapter, and over what."""
+
+    def scoring(labels: Collection[str]) -> str:
+        return "sftjax.classify(model, texts)" if len(labels) > 1 else "sftjax.rewards(model, conversations)"
+
     file = Path(out).expanduser() / "adapter_config.json"
     if not file.is_file():
         whole = json.loads(file.with_name("config.json").read_text())
         if "id2label" in whole:
-            verb = "classify(model, texts)" if len(whole["id2label"]) > 1 else "rewards(model, conversations)"
-            return f"python: model = sftjax.load({out!r}); sftjax.{verb}"
+            return f"python: model = sftjax.load({out!r}); {scoring(whole['id2label'])}"
         return f"vllm serve {out}" if to == "vllm" else f"sftjax chat --model={out}"
     adapter = json.loads(file.read_text())
     base = adapter["base_model_name_or_path"]
     if adapter["task_type"] == "SEQ_CLS":
-        return f"python: model = sftjax.load({base!r}, adapter={out!r}); sftjax.classify(model, texts), or sftjax.rewards"
+        labels = json.loads(file.with_name("labels.json").read_text())
+        return f"python: model = sftjax.load({base!r}, adapter={out!r}); {scoring(labels)}"
     if to == "vllm":
         rank = next((f" --max-lora-rank={most}" for most in VLLM_RANKS if most >= adapter["r"]), "") if adapter["r"] > 16 else ""
         return f"vllm serve {base} --enable-lora{rank} --lora-modules mine={out}"

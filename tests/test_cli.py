@@ -229,6 +229,15 @@ def test_what_was_written_says_what_to_run_next(tmp_path, to, quantize, adapter,
     assert cli.what_next(to, str(tmp_path), quantize) == command.replace("OUT", str(tmp_path))
 
 
+@pytest.mark.parametrize("labels, verb", [(["reward"], "rewards(model, conversations)"), ("ab", "classify(model, texts)")])
+def test_an_adapter_with_a_head_says_what_its_head_is_for(tmp_path, labels, verb):
+    own = {"base_model_name_or_path": "base", "r": 8, "task_type": "SEQ_CLS"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(own))
+    (tmp_path / "labels.json").write_text(json.dumps(dict(enumerate(labels))))
+    said = cli.what_next("peft", str(tmp_path), None)
+    assert said == f"python: model = sftjax.load('base', adapter={str(tmp_path)!r}); sftjax.{verb}"
+
+
 @pytest.mark.parametrize("method, form", [("lora", "hf"), ("full", "hf"), ("adapter", "sftjax")])
 def test_training_names_a_form_that_its_method_has(toy, sftjax, monkeypatch, method, form):
     monkeypatch.setattr("sftjax.tasks.train", lambda *_, **__: {})
