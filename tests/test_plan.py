@@ -379,9 +379,8 @@ def test_steps_compile_for_tpus(case, tmp_path):
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.state)) - offloaded
     assert m.aliased >= state and (offloaded > 0) == job.config.optim.offload
     assert m.peak <= 1.05 * GOLDEN[case]["peak"]
-    if not case.startswith(("gate_8bit", "gate_offload")):  # of copies to the host, and of bits, jax cannot read the text
-        program = compiled.as_text()
-        assert "input_output_alias" in program and "tpu_custom_call" in program and "splash_attention" in program
+    program = compiled.runtime_executable().serialize()  # jax cannot read the text of every TPU's program
+    assert b"tpu_custom_call" in program and b"splash_attention" in program
 
 
 @pytest.mark.parametrize("case", ["gate_8bit", "gate_offload"])
