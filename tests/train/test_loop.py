@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 
 import jax
@@ -46,13 +47,25 @@ def finished(train, tmp_path_factory):
 
 
 def test_compiled_once_and_read_seldom(train, tmp_path, monkeypatch, caplog):
-    """One program for all steps, whatever they hold; the device is waited for at most twice an interval of logging."""
-    reads = []
+    """One program for all steps, whatever they hold, in whose state's memory the next one is; the device is waited for at most
+    twice an interval of logging."""
+    reads, places = [], []
+    compile = jax.stages.Lowered.compile
+
+    def noted(lowered):
+        state = jax.tree.leaves(lowered.args_info[0][0])
+        assert all(x.donated for x in state)
+        compiled = compile(lowered)
+        places.append((compiled.memory_analysis().alias_size_in_bytes, sum(math.prod(x.shape) * x.dtype.itemsize for x in state)))
+        return compiled
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", noted)
     monkeypatch.setattr(meter.jax, "device_get", lambda x: reads.append(1) or jax.tree.map(np.asarray, x))
     with jax.log_compiles(True), caplog.at_level("WARNING"):
         train(tmp_path / "run", **{"train.steps": 40, "train.eval_every": 0, "train.log_every": 20})
     compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(step)")]
-    assert len(compiled) == 1, compiled
+    assert len(compiled) == len(places) == 1, compiled
+    assert places[0][0] >= places[0][1] > 0
     # two while warming up, one an interval, one at the end; the evaluations before, after, and of the test rows
     assert len(reads) == 2 + 2 + 1 + 3
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 41))
