@@ -113,7 +113,7 @@ def test_the_penalty_grows_where_the_policy_strays():
 
 
 def test_rows_split_over_devices_have_their_tokens_in_order(monkeypatch):
-    monkeypatch.setattr(tokens, "BLOCK", 128)  # several blocks of each part of a row
+    monkeypatch.setattr(tokens, "BLOCK", 8)  # several blocks of each part of a row
     hidden, head = (jnp.asarray(RNG.standard_normal(shape), jnp.float32) for shape in ((2, 24, 6), (6, 16)))
     targets = jnp.asarray(RNG.integers(0, 16, (2, 24)))
     whole = jax.jit(policy.logps_and_entropy)(hidden, head, targets)
