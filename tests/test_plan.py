@@ -301,6 +301,20 @@ def test_a_plan_of_what_does_not_fit_says_what_does(tmp_path):
     assert "a million tokens" in text and "the data was not read" in text and out["tokens_per_s"] > 0
 
 
+def test_where_the_compiler_finds_no_room_it_is_said_what_fits_too(tmp_path, monkeypatch):
+    def full(_):
+        raise exact.TooLarge(20 * 2**30, 15.75 * 2**30)
+
+    for name in ("ready", "devices", "mesh_over", "lower"):
+        monkeypatch.setattr(exact, name, lambda *_: None)
+    monkeypatch.setattr(exact, "measure", full)
+    c, _ = golden_plan.config("qwen3_lora", tmp_path)
+    said: list[str] = []
+    out = report.plan(c, "v5e-1", compile=True, say=said.append)
+    assert out["fits"] and not out["exact"]["fits"] and out["suggestions"][0]["keys"] == {"model.remat": "block"}
+    assert "the compiler: does not fit; it needs 20.00 GiB on a chip that has 15.75" in said
+
+
 def test_hours_and_dollars_of_the_data_given(toy):
     said: list[str] = []
     c = toy.config(**{"train.steps": None, "data.template": "chatml"})

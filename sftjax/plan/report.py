@@ -90,7 +90,7 @@ def plan(
         out |= pace(job, on, work, rows, where, price, efficiency, say)
         if compile:
             out["exact"] = compiled(job, on, where, say)
-        elif not out["fits"]:
+        if not (out["exact"] if compile else out)["fits"]:
             out["suggestions"] = suggest(config, on, where, say)
     return out
 
