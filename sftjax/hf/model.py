@@ -16,7 +16,7 @@ from sftjax.data.tokenizer import open_tokenizer
 from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
 from sftjax.hf.peft import load_adapter, with_head
 from sftjax.models.config import DecoderConfig
-from sftjax.models.decoder import Decoder, Output, forward, init
+from sftjax.models.decoder import Decoder, Output, forward, shapes
 from sftjax.weights.kinds import matmul
 from sftjax.weights.quantize import quantisers
 
@@ -67,8 +67,7 @@ def load(
     directory = resolve(path, revision)
     config = load_config(directory)
     beside = resolve(adapter, needs="adapter_config.json") if adapter else None
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    params = load_params(directory, config, quantisers=quantisers(shapes, quantize) if quantize else None)
+    params = load_params(directory, config, quantisers=quantisers(shapes(config), quantize) if quantize else None)
     tokenizer = open_tokenizer(directory, beside, trust_remote_code)
     if beside:
         params, config = with_head(params, config, beside)

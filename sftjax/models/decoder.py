@@ -9,6 +9,7 @@ module: `head(params, config)` is a weight [D, V], so that losses apply it to bl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -241,6 +242,12 @@ def init(c: DecoderConfig, key: Array) -> Any:
     if not c.tied:
         params["head"] = {"kernel": c.init_std * jax.random.normal(jax.random.fold_in(key, 1), (c.width, c.vocab))}
     return params
+
+
+@functools.cache
+def shapes(c: DecoderConfig) -> Any:
+    """Of what `init` makes: shapes and dtypes. Shared by all who ask, so not to be changed."""
+    return jax.eval_shape(lambda: init(c, jax.random.key(0)))
 
 
 def init_cache(c: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:

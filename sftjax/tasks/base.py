@@ -19,7 +19,7 @@ from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
 from sftjax.hf.model import compute_dtype
 from sftjax.hf.peft_read import adapter_labels, held, load_adapter, saved_modules
 from sftjax.models.config import DecoderConfig
-from sftjax.models.decoder import Decoder, init
+from sftjax.models.decoder import Decoder, shapes
 from sftjax.models.heads import scored
 from sftjax.weights import method
 from sftjax.weights.targets import ENDS
@@ -53,7 +53,7 @@ class Base:
         self.chat, self.new_tokens = chat_for(config, tokenizer, known)
         self.labels = self.head_labels()
         self.trained_tokens: list[int] = sorted({*tokenizer.convert_tokens_to_ids([*wanted, *self.new_tokens])})
-        self.shapes = jax.eval_shape(lambda: self.headed(init(self.source_config, jax.random.key(0)))[0])
+        self.shapes = jax.eval_shape(lambda params: self.headed(params)[0], shapes(self.source_config))
         self.refuse_rows_of_what_trains_whole([token for token in wanted if token in had])
         mask = method.plan(self.shapes, config, self.modules, self.trained_tokens)
         if not self.adapter and not any(jax.tree.leaves(mask)):
@@ -111,11 +111,10 @@ class Base:
         """(decoder, params, mask): the checkpoint in place on `mesh` with the method applied, and what of it trains."""
         c = self.config
         trained_whole = jnp.float32 if c.method == "full" else None  # masters; what is frozen keeps the checkpoint's dtype
-        stored = jax.eval_shape(lambda: init(self.source_config, jax.random.key(0)))
         params = load_params(
             self.directory,
             self.source_config,
-            shardings=sharding.shardings(stored, mesh),
+            shardings=sharding.shardings(shapes(self.source_config), mesh),
             dtype=trained_whole,
             quantisers=method.quantiser(self.shapes, c, self.modules),
         )

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from sftjax import tree
 from sftjax.config import UserError
 from sftjax.models.config import DecoderConfig
-from sftjax.models.decoder import init
+from sftjax.models.decoder import shapes
 from sftjax.models.families.rope import rope
 from sftjax.weights.targets import MODULES
 
@@ -53,9 +52,8 @@ class Name:
 def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
     """`{path of our leaf: its Name}` for every leaf the config has. `modules` are a family's own names for a layer's modules."""
     called = {**MODULES, **CHECKPOINT, **modules}
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     table = {}
-    for path, leaf in tree.flatten(shapes).items():
+    for path, leaf in tree.flatten(shapes(config)).items():
         node, _, kind = path.rpartition("/")
         layered, module = node.startswith("layers/"), called[node.removeprefix("layers/")]
         lead = 0 if not layered else 2 if "experts/" in node else 1
