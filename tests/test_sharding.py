@@ -1,6 +1,8 @@
 """Eight virtual devices compute what one does, each holding its share."""
 
+import itertools
 import math
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -113,6 +115,11 @@ TRIED = [("full", mesh) for mesh in (DATA, FSDP, TENSOR, SEQUENCE, DFS, FTS)]
 TRIED += [(method, mesh) for method in ("lora", "qlora", "dpo") for mesh in (DFS, FTS)]
 TRIED += [(method, FTS) for method in ("dora", "int8", "adapter", "tokens")]
 TRIED += [*(("mixture", mesh) for mesh in (EXPERT, DTE, FES)), ("lora on experts", FES), ("qlora on experts", DTE)]
+if os.environ.get("SFTJAX_EVERY_MESH"):  # each axis and each pair of them for each method: half an hour
+    for method, (c, _) in METHODS.items():
+        axes = ("fsdp", "tensor", "sequence", *(["expert"] if c.experts else []))
+        TRIED += [(method, DATA), *((method, {"data": 4, axis: 2}) for axis in axes)]
+        TRIED += [(method, {"data": 2, one: 2, other: 2}) for one, other in itertools.combinations(axes, 2)]
 
 
 @pytest.mark.parametrize("method, axes", TRIED, ids=str)
@@ -246,9 +253,9 @@ LONG = config(layers=1, heads=4, kv_heads=2, windows=(500,))
 
 
 def test_a_long_row_over_devices_equals_it_on_one_and_no_device_has_its_square():
-    """A window, segments that lie across devices, keys that do not divide over them."""
-    T = 2048
-    p, b = params(LONG), batch([[700, 900, 400], [2048]], T)
+    """A window, segments that lie across devices, keys that do not divide over them. SFTJAX_LONG_ROW=32768 takes its minutes."""
+    T = int(os.environ.get("SFTJAX_LONG_ROW", 2048))
+    p, b = params(LONG), batch([[T // 3, T // 2, T // 8], [T]], T)
     loss = masked_xent(forward(Decoder(LONG)))
     none = jax.tree.map(lambda _: None, p)  # is frozen
     expected = compiled(loss, p, none, b)(p, none, b)
