@@ -125,10 +125,13 @@ def run(a: argparse.Namespace, case: str, who: str, until: float) -> dict[str, A
     shape, method, length, settings = CASES[case]
     settings = tuple((a.rows or rows, a.remat or remat) for rows, remat in settings)
     refused: list[str] = []
+    broken: set[str] = set()  # what failed for another reason than room is not tried with fewer rows
     for rows, remat in dict.fromkeys(settings):
+        if remat in broken:
+            continue
         left = until - time.monotonic()
         if left < 20:
-            return {"why": "no time was left"}
+            return {"why": "; ".join([*refused, "no time was left"])}
         size = {"raw": SHAPES[a.shapes or shape], "length": 256 if a.shapes else length}
         asked = {"method": method, "rows": rows, "remat": remat, "steps": a.steps, **size}
         if who == "TRL":
@@ -139,15 +142,17 @@ def run(a: argparse.Namespace, case: str, who: str, until: float) -> dict[str, A
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left, env=environment(who))
         except subprocess.TimeoutExpired:
-            return {"why": "the time ran out"}
+            return {"why": "; ".join([*refused, f"{rows} rows, remat={remat}: the time ran out"])}
         if done.returncode == 0:
             tried = {"tried": refused} if refused else {}
             return {"rows": rows, "remat": remat} | json.loads(done.stdout.splitlines()[-1]) | tried
-        if not any(said in done.stderr for said in NO_ROOM):
-            said = done.stderr.strip().splitlines() or ["it ended without a word"]
-            print(*said[-30:], sep="\n", file=sys.stderr, flush=True)
-            return {"why": said[-1][:200]}
-        refused.append(f"{rows} rows, remat={remat}: no room")
+        if any(said in done.stderr for said in NO_ROOM):
+            refused.append(f"{rows} rows, remat={remat}: no room")
+            continue
+        said = done.stderr.strip().splitlines() or ["it ended without a word"]
+        print(*said[-30:], sep="\n", file=sys.stderr, flush=True)
+        refused.append(f"{rows} rows, remat={remat}: {said[-1][:200]}")
+        broken.add(remat)
     return {"why": "; ".join(refused)}
 
 
