@@ -143,7 +143,7 @@ def test_sharded_equals_single(method, axes, made):
     expected = made(method, loss=True)
     np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
     assert_trees_close(grads, expected[1])
-    if "qlora" in method and mesh.shape["fsdp"] > 1:
+    if method == "qlora" and mesh.shape["fsdp"] > 1:  # with experts tokens are gathered too
         assert_codes_travel(step.as_text())
 
 
