@@ -10,6 +10,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH := torch==2.13.0
+LIBTPU := libtpu==0.0.51
 
 .PHONY: setup quickstart preferences reinforcement compare test lint types clean
 
@@ -28,7 +29,7 @@ compare: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/compare/run.sh
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -47,8 +48,10 @@ $(BIN)/python:
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
-# torch is only what the tests compare with: its small CPU build where that can be had, else the ordinary one
+# torch is only what the tests compare with: its small CPU build where that can be had, else the ordinary one. libtpu, a TPU's
+# compiler, lies beside the other packages: among them jax would look for a TPU whatever it is started for
 .venv/.installed-test: .venv/.installed
 	$(PIP) --no-deps --retries 0 --index-url https://download.pytorch.org/whl/cpu $(TORCH) || $(PIP) $(TORCH)
 	$(PIP) -c constraints.txt -e ".[test]"
+	$(PIP) --no-deps --target .venv/libtpu $(LIBTPU) || echo "no $(LIBTPU) here: what compiles for TPUs is skipped"
 	touch $@
