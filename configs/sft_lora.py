@@ -4,8 +4,9 @@
     sftjax train   --config=configs/sft_lora.py --config.data.train=mine.jsonl --workdir=runs/mine
     sftjax export  --workdir=runs/mine --to=hf --out=mine
 
-Hardware: Qwen3-0.6B in bfloat16 is 1.2 GB, the 10 M parameters of rank 16 are 16 bytes each, activations come on top (not
-measured yet). A model of a few million parameters trains on a CPU. Any Llama, Mistral, Qwen2 or Qwen3 checkpoint takes its place.
+Hardware: `sftjax plan --config=configs/sft_lora.py --topology=v5e-1` (or v6e-8, h100, ... as you have it) puts Qwen3-0.6B at 14.6
+of a TPU v5e's 15.75 GiB, at 3.5 with --config.model.remat=block, which computes more twice. A model of a few million parameters
+trains on a CPU. A checkpoint of any family in the README takes its place.
 """
 
 from ml_collections import ConfigDict
