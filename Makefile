@@ -29,7 +29,7 @@ compare: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/compare/run.sh
 
 test: .venv/.installed-test
-	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n $(WORKERS)
+	PYTHONPATH=.venv/libtpu $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

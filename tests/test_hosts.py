@@ -98,7 +98,8 @@ def test_killed_and_stopped_and_resumed_on_other_hosts_equals_one_process(toy, w
     assert got.keys() == whole.keys()
     for key, figures in whole.items():
         for name, value in figures.items():
-            np.testing.assert_allclose(got[key][name], value, rtol=2e-6, err_msg=f"{key} {name}")
+            rtol = 2e-5 if name == "ppl" else 2e-6  # exp makes of a loss's difference its own
+            np.testing.assert_allclose(got[key][name], value, rtol=rtol, err_msg=f"{key} {name}")
 
 
 def test_a_directory_of_ones_own_is_told(toy, tmp_path):
