@@ -9,7 +9,7 @@ very same base, likes it short. Policy, reference, value and reward model are th
 are short and right, word for word, is counted by a function of one's own (examples/preferences/rewards.py), which has weight 0:
 it is watched, and nothing is learnt from it.
 
-Two CPU cores: 30 steps in a minute and a half, compiling and evaluations included, with other work on the machine. 300 held-out
+Two CPU cores: 47 s, compiling and evaluations included. 300 held-out
 questions, for seeds 0, 1 and 2: the reward rises from -0.17, 0.07, 0.11 to 2.40, 2.37, 2.38; 45, 49, 51 % of the answers are
 short and right, then 97, 96, 97 %. KL to the reference, the mean of the last ten steps: 1.2, 1.3, 1.7 nats an answer, and in no
 step above 3.8.
