@@ -250,12 +250,11 @@ def weights(c: Any, shape: Any) -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
 
     from sftjax import tree
-    from sftjax.models.decoder import init
+    from sftjax.models.decoder import shapes
     from sftjax.weights import method
 
     kept = jnp.float32 if c.method == "full" else jnp.bfloat16
-    shapes = jax.eval_shape(lambda: init(shape, jax.random.key(0)))
-    quantisers = method.quantiser(shapes, c)
+    quantisers = method.quantiser(shapes(shape), c)
 
     def make(path: str, like: Any) -> Any:
         """As init does, but a layer of a leaf at a time, or some rows: a GPU draws a number by way of four words of 32 bits."""
@@ -276,7 +275,7 @@ def weights(c: Any, shape: Any) -> tuple[Any, Any, Any]:
 
         return jax.jit(leaf)()
 
-    params = method.apply(tree.map_leaves(make, shapes), c)
+    params = method.apply(tree.map_leaves(make, shapes(shape)), c)
     mask = method.mask(params, c)
     params = jax.tree.map(lambda x, trains: x.astype(jnp.float32) if trains else x, params, mask)
     return *tree.split(params, mask), mask

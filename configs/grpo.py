@@ -8,10 +8,9 @@ The model says a sum and then, as often as not, says it again in a sentence of i
 very same base, likes it short. How many answers are short and right, word for word, is counted by a function of one's own
 (examples/preferences/rewards.py), which has weight 0: it is watched, and nothing is learnt from it.
 
-Two CPU cores: 25 s, compiling and evaluations included. 300 held-out
-questions, for seeds 0, 1 and 2: the reward rises from -0.17, 0.07, 0.11 to 2.40, 2.37, 2.38; 45, 49, 51 % of the answers are
-short and right, then 91, 94, 97 %. KL to the reference, the mean of the last ten steps: 0.11, 0.05, 0.07 nats a token, and in no
-step above 0.52.
+Two CPU cores: 25 s, compiling and evaluations included. 300 held-out questions, for seeds 0, 1 and 2: the reward rises from
+-0.17, 0.07, 0.11 to 2.40, 2.37, 2.38; 45, 49, 51 % of the answers are short and right, then 91, 94, 97 %. KL to the reference,
+the mean of the last ten steps: 0.11, 0.05, 0.07 nats a token, and in no step above 0.52.
 
 On your own prompts: --config.model.path=Qwen/Qwen3-0.6B --config.data.train=prompts.jsonl --config.data.max_length=1024
 --config.grpo.rewards=rewards.py:mine --config.grpo.reward_weights=1 --config.grpo.max_completion_length=512

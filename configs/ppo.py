@@ -9,10 +9,9 @@ very same base, likes it short. Policy, reference, value and reward model are th
 are short and right, word for word, is counted by a function of one's own (examples/preferences/rewards.py), which has weight 0:
 it is watched, and nothing is learnt from it.
 
-Two CPU cores: 47 s, compiling and evaluations included. 300 held-out
-questions, for seeds 0, 1 and 2: the reward rises from -0.17, 0.07, 0.11 to 2.40, 2.37, 2.38; 45, 49, 51 % of the answers are
-short and right, then 97, 96, 97 %. KL to the reference, the mean of the last ten steps: 1.2, 1.3, 1.7 nats an answer, and in no
-step above 3.8.
+Two CPU cores: 47 s, compiling and evaluations included. 300 held-out questions, for seeds 0, 1 and 2: the reward rises from
+-0.17, 0.07, 0.11 to 2.40, 2.37, 2.38; 45, 49, 51 % of the answers are short and right, then 97, 96, 97 %. KL to the reference,
+the mean of the last ten steps: 1.2, 1.3, 1.7 nats an answer, and in no step above 3.8.
 
 On your own prompts: --config.model.path=Qwen/Qwen3-0.6B --config.data.train=prompts.jsonl --config.data.max_length=1024
 --config.ppo.rewards=model:runs/mine/judge --config.ppo.max_completion_length=512 --config.optim.lr=1e-5

@@ -10,7 +10,7 @@ import numpy as np
 from sftjax import tree
 from sftjax.data.batch import Batch
 from sftjax.models.config import DecoderConfig
-from sftjax.models.decoder import init
+from sftjax.models.decoder import shapes
 
 CONFIG = DecoderConfig(vocab=64, width=24, mlp_width=40, layers=3, heads=4, kv_heads=2, head_dim=8)
 
@@ -27,7 +27,7 @@ def params(c: DecoderConfig, seed: int = 0):
         noise = 0.2 * rng.standard_normal(x.shape, np.float32)
         return jnp.asarray(1 + noise if path.endswith("scale") else noise)
 
-    return tree.map_leaves(leaf, jax.eval_shape(lambda: init(c, jax.random.key(0))))
+    return tree.map_leaves(leaf, shapes(c))
 
 
 def batch(rows: list[list[int]], T: int, vocab: int = CONFIG.vocab, seed: int = 0) -> Batch:

@@ -9,14 +9,14 @@ import argparse
 import json
 import os
 import tempfile
-import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import trl
+from clock import Clock
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--model", required=True)
@@ -24,17 +24,7 @@ p.add_argument("--data", required=True)
 p.add_argument("--precompute", type=int, default=0)
 a = p.parse_args()
 
-times = []
-
-
-class Clock(TrainerCallback):
-    def on_step_begin(self, *_, **__):
-        times.append(time.perf_counter())
-
-    def on_train_end(self, *_, **__):
-        times.append(time.perf_counter())
-
-
+clock = Clock()
 trainer = trl.DPOTrainer(
     model=AutoModelForCausalLM.from_pretrained(a.model, dtype="float32"),
     args=trl.DPOConfig(
@@ -55,12 +45,13 @@ trainer = trl.DPOTrainer(
     train_dataset=load_dataset("json", data_files=a.data, split="train"),
     processing_class=AutoTokenizer.from_pretrained(a.model),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    callbacks=[Clock()],
+    callbacks=[clock],
 )
 held = trainer.train_dataset
 tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in held)
 trainer.train()
 
+times = clock.times
 steps, loop_s, steady_s = len(times) - 1, times[-1] - times[0], times[-1] - times[2]
 print(
     json.dumps(

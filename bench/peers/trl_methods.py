@@ -9,15 +9,15 @@ import argparse
 import json
 import os
 import tempfile
-import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import trl
+from clock import Clock
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--case", required=True)
@@ -37,22 +37,7 @@ kept = dtype if a.method != "full" else torch.float32
 model = AutoModelForCausalLM.from_pretrained(f"{a.case}/model", dtype=kept, device_map="cuda" if gpu else "cpu", **options)
 lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_dora=a.method == "dora", task_type="CAUSAL_LM")
 
-times = []
-
-
-class Clock(TrainerCallback):
-    def on_step_begin(self, *_, **__):
-        self.now()
-
-    def on_train_end(self, *_, **__):
-        self.now()
-
-    def now(self):
-        if gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-
-
+clock = Clock()
 trainer = trl.SFTTrainer(
     model=model,
     args=trl.SFTConfig(
@@ -73,7 +58,7 @@ trainer = trl.SFTTrainer(
     train_dataset=load_dataset("json", data_files=f"{a.case}/train.jsonl", split="train"),
     processing_class=AutoTokenizer.from_pretrained(f"{a.case}/model"),
     peft_config=None if a.method == "full" else lora,
-    callbacks=[Clock()],
+    callbacks=[clock],
 )
 for weight in trainer.model.parameters():
     if weight.requires_grad:
@@ -81,6 +66,7 @@ for weight in trainer.model.parameters():
 tokens = sum(map(len, trainer.train_dataset["input_ids"]))
 trainer.train()
 
+times = clock.times
 steps, loop_s, steady_s = len(times) - 1, times[-1] - times[0], times[-1] - times[2]
 print(
     json.dumps(

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,10 +28,11 @@ def main(raw, method, rows, length, remat, steps):
     if length > 256 and not torch.cuda.is_available():
         sys.exit("not measured: torch has no CUDA device here")
     import trl
+    from clock import Clock
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from train import TRAINED, texts
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
     gpu = torch.cuda.is_available()
     flash = gpu and importlib.util.find_spec("flash_attn") is not None
@@ -61,20 +61,7 @@ def main(raw, method, rows, length, remat, steps):
         model = get_peft_model(model, lora)
     lengths = [n for row in texts(rows, length) for n in row]
     once = [{"input_ids": [3] * n, "completion_mask": [int(i >= n * (1 - TRAINED)) for i in range(n)]} for n in lengths]
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.now()
-
-        def on_train_end(self, *_, **__):
-            self.now()
-
-        def now(self):
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-
+    clock = Clock()
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(
@@ -95,10 +82,11 @@ def main(raw, method, rows, length, remat, steps):
         ),
         train_dataset=Dataset.from_list(once * (steps + 2)),
         processing_class=tokenizer(PreTrainedTokenizerFast, config.vocab_size),
-        callbacks=[Clock()],
+        callbacks=[clock],
     )
     per_step = sum(map(len, trainer.train_dataset["input_ids"])) / len(trainer.train_dataset) * rows
     trainer.train()
+    times = clock.times
     step_s = (times[-1] - times[2]) / steps
     print(
         json.dumps(

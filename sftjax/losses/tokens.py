@@ -28,7 +28,7 @@ Loss = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]
 
 # Logits at a time on a device. Few stay in a CPU's caches; an accelerator reads the whole head for each block, and needs rows
 # enough to be busy meanwhile: of a vocabulary of 128k these are 32 and 500 tokens. The gradient of a head that trains is added to
-# after each, as large as a thousand tokens' logits: its blocks are four times as large.
+# after each, [D, V] in float32, as large as D tokens' logits: its blocks are four times as large.
 BLOCK, WIDE = 2**22, 2**26
 
 
