@@ -409,7 +409,8 @@ def lm_eval(args: argparse.Namespace) -> None:
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("adapter", "quantize", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    model, filters = ("adapter", "quantize", "max_new_tokens"), ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    names = (*model, *filters, "seed", "draft_tokens")
     return {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
 
 

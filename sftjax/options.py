@@ -214,3 +214,11 @@ def model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--repetition-penalty", type=float, default=1.0)
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop where this text appears; may be given again")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess N tokens from what was said before and check them in one pass: the same answers, sooner where few rows go "
+        "together and text repeats itself, e.g. 4 (default 0)",
+    )

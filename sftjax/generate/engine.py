@@ -79,20 +79,23 @@ class Engine:
         tokenizer: Any = None,
         seed: int = 0,
         batch_size: int = 32,
+        draft_tokens: int = 0,
         **sampling: Any,
     ) -> Iterator[tuple[int, Generated]]:
         """(row, answer) as answers are done. `sampling` is what `sampling.choose` takes; greedy by default.
 
         `batch_size` rows go on together; the next prompt takes the place of an answer that ends. Prompts of like length
-        start together, within WINDOW batches that follow each other in order. Raises UserError, before the first answer,
-        for a prompt that is empty or leaves no room within the model's positions, and for a `seed` outside 0..2**32-1.
+        start together, within WINDOW batches that follow each other in order. `draft_tokens` are guessed and checked in one
+        pass with a row's newest: the same answers, in fewer passes where text repeats itself. Raises UserError, before the
+        first answer, for a prompt that is empty or leaves no room within the model's positions, and for a `seed` outside
+        0..2**32-1.
         """
         if stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer to be found with")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: needs at least 1")
         self.check(prompts, max_new_tokens)
-        flight = self._flight(min(batch_size, len(prompts)), max_new_tokens, seed, sampling)
+        flight = self._flight(min(batch_size, len(prompts)), max_new_tokens, seed, draft_tokens, sampling)
         waiting: deque[int] = deque()
         for start in range(0, len(prompts), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(prompts)))
@@ -109,10 +112,12 @@ class Engine:
                 if slot in flight.free:
                     yield answer.row, under_way.pop(slot).generated()
 
-    def stream(self, prompt: Sequence[int], *, max_new_tokens: int, seed: int = 0, **sampling: Any) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], *, max_new_tokens: int, seed: int = 0, draft_tokens: int = 0, **sampling: Any
+    ) -> Iterator[int]:
         """The answer's tokens as they come, without the one that ends it. As row 0 of `generate`."""
         self.check([prompt], max_new_tokens)
-        flight = self._flight(1, max_new_tokens, seed, sampling)
+        flight = self._flight(1, max_new_tokens, seed, draft_tokens, sampling)
         flight.join([0], [prompt])
         n = 0  # prefill makes the first
         while not flight.free:
@@ -123,7 +128,9 @@ class Engine:
                 yield token
             n = min(max(1, 2 * n), CHUNK) if time.perf_counter() - began < LOOK else max(1, n // 2)
 
-    def _flight(self, slots: int, max_new_tokens: int, seed: int, sampling: dict[str, Any]) -> Flight:
+    def _flight(self, slots: int, max_new_tokens: int, seed: int, draft_tokens: int, sampling: dict[str, Any]) -> Flight:
+        if draft_tokens < 0:
+            raise UserError(f"draft_tokens={draft_tokens}: needs 0 (none) or more")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: needs a whole number from 0 to {2**32 - 1}")
         return Flight(
@@ -135,6 +142,7 @@ class Engine:
             max_new=max_new_tokens,
             sampling=choose(**sampling),
             seed=seed,
+            draft_tokens=draft_tokens,
         )
 
     def score(

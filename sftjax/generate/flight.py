@@ -3,6 +3,7 @@
     join    right-padded prompts, R at a time, a block of columns at a time   [R, C] -> cache of P -> free rows of [B, S]
     next    one compiled while_loop of up to CHUNK tokens; the host looks in between (stop strings, streaming, free slots)
 
+A pass through the model takes the newest token of each row and `draft_tokens` guesses of what follows it, which draft.py makes.
 B, R, C, P and S are powers of two and the cache doubles when it is full, so that few programs serve all requests. What a
 slot held before needs no clearing: a cache holds position s at s, and a token sees no position beyond its own. A row's
 random numbers come from (seed, row, position), whatever stands beside it. Where longrope turns the keys of a row that grows
@@ -21,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from sftjax import sharding
+from sftjax.generate import draft
 from sftjax.generate.sampling import Sampling, next_token
 from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, Decoder, head, init_cache
@@ -28,16 +30,18 @@ from sftjax.weights import kinds
 
 CHUNK = 32  # tokens a row between two looks of the host
 PREFILL = 2048  # prompt tokens at a time over all rows: bounds the scores [R, N, C, P]
-AHEAD = 256  # room for the answer that a new cache has
+AHEAD = {"cpu": 32, "gpu": 256, "tpu": 256}  # room that a new cache has for answers: a CPU pays most to read what is empty
 APART = 2**31  # bytes of layers that a CPU takes apart
 
 
 class State(NamedTuple):
-    """The slots, all [B] but the cache."""
+    """The slots, all [B] but the cache and the table."""
 
     cache: Cache
+    table: draft.Table | None  # what rows said before, where guesses are made
+    before: Array  # the token before the newest
     token: Array  # the newest, not yet in the cache
-    position: Array  # that it will have; 0 in a free slot
+    position: Array  # that it will have
     left: Array  # how many more the row may make; 0 = ended
     keys: Array  # [B, 2]
     seen: Array | None  # [B, V]: tokens of prompt and answer, where repetition is penalised
@@ -65,8 +69,10 @@ class Flight:
         max_new: int,
         sampling: Sampling,
         seed: int,
+        draft_tokens: int,
     ):
         self.model, self.params, self.sampling, self.seed = model, params, sampling, np.uint32(seed)
+        self.draft_tokens = draft_tokens
         self.stops = np.asarray(sorted(stops), np.int32)
         self.limit, self.max_new = limit, max_new
         self.B = power(slots, least=batch_shards())
@@ -108,21 +114,35 @@ class Flight:
         for row, leg in enumerate(legs):
             tokens[row, : len(leg.ids)] = leg.ids
         penalised = self.sampling.repetition_penalty is not None
-        self._reserve(power(min(int(lengths.max()) + AHEAD, max(ends)), least=max(64, P)), penalised)
+        room = int(lengths.max()) + AHEAD[jax.default_backend()]
+        self._reserve(power(min(room, max(ends)), least=max(64, P)), penalised)
 
         cache, last = _empty(self.model, R, P)
         for start in range(0, int(lengths.max()), C):
             cache, last = _prefill(self.model, self.params, cache, last, tokens[:, start : start + C], lengths, start)
         seen = _seen(tokens, lengths, config.vocab) if penalised else None
         self.state, first = _enter(
-            self.model, self.params, self.state, cache, last, into, lengths, left, ids, self.seed, seen, self.sampling, self.stops
+            self.model,
+            self.params,
+            self.state,
+            cache,
+            last,
+            tokens,
+            into,
+            lengths,
+            left,
+            ids,
+            self.seed,
+            seen,
+            self.sampling,
+            self.stops,
         )
         self.fresh.append((slots, first))
 
     def _reserve(self, length: int, penalised: bool = False) -> None:
         """A cache of at least so many positions."""
         if self.state is None:
-            self.state = _vacant(self.model, self.B, length, penalised)
+            self.state = _vacant(self.model, self.B, length, penalised, bool(self.draft_tokens))
         elif length > self.length:
             self.state = _grow(self.state, length)
 
@@ -145,11 +165,12 @@ class Flight:
         made = None
         if n:
             n = min(n, CHUNK)
-            needed = int(np.minimum(self.position + n, self.end_position)[busy].max())
-            self._reserve(power(needed, least=self.length))
+            needed = int(np.minimum(self.position + n + self.draft_tokens, self.end_position)[busy].max())
+            self._reserve(power(needed, least=64))
             least = len(busy) - self.R + 1 if waiting else 1
+            bounds = np.int32(n), np.int32(max(1, least))
             self.state, made = _decode(
-                self.model, self.params, self.state, self.sampling, self.stops, np.int32(n), np.int32(max(1, least))
+                self.model, self.params, self.state, self.sampling, self.stops, *bounds, draft_tokens=self.draft_tokens
             )
         firsts, made, left = jax.device_get(([f for _, f in fresh], made, self.state.left))
         for (slots, _), first in zip(fresh, firsts):
@@ -170,8 +191,7 @@ class Flight:
         going = [slot for slot in slots if slot not in self.free]
         if going:
             assert self.state is not None
-            at = np.asarray(going)
-            self.state = self.state._replace(left=self.state.left.at[at].set(0), position=self.state.position.at[at].set(0))
+            self.state = self.state._replace(left=self.state.left.at[np.asarray(going)].set(0))
             self._leave(going)
 
     def _leave(self, slots: Sequence[int]) -> None:
@@ -194,12 +214,13 @@ def _empty(model: Decoder, B: int, S: int) -> tuple[Cache, Array]:
     return init_cache(model.config, B, S, model.dtype), jnp.zeros((B, model.config.width), model.dtype)
 
 
-@partial(jax.jit, static_argnames=("model", "B", "S", "penalised"))
-def _vacant(model: Decoder, B: int, S: int, penalised: bool) -> State:
-    token, position, left = jnp.zeros((3, B), jnp.int32)
+@partial(jax.jit, static_argnames=("model", "B", "S", "penalised", "guessed"))
+def _vacant(model: Decoder, B: int, S: int, penalised: bool, guessed: bool) -> State:
+    before, token, position, left = jnp.zeros((4, B), jnp.int32)
     seen = jnp.zeros((B, model.config.vocab), bool) if penalised else None
     cache = init_cache(model.config, B, S, model.dtype)
-    return State(cache, token, position, left, jnp.zeros((B, 2), jnp.uint32), seen)
+    table = draft.empty(model.config.vocab) if guessed else None
+    return State(cache, table, before, token, position, left, jnp.zeros((B, 2), jnp.uint32), seen)
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames=("cache", "last"))
@@ -223,6 +244,7 @@ def _enter(
     state: State,
     cache: Cache,
     last: Array,
+    tokens: Array,
     slots: Array,
     lengths: Array,
     left: Array,
@@ -232,57 +254,88 @@ def _enter(
     sampling: Sampling,
     stops: Array,
 ) -> tuple[State, Array]:
-    """R prefilled rows into `slots` [R], and the first token of each; a slot of B is none."""
+    """R prefilled rows of tokens [R, P] into `slots` [R], and the first token of each; a slot of B is none."""
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
-    joining = State(cache, jnp.zeros_like(lengths), lengths - 1, left, jax.random.key_data(keys), seen)
-    joining = _take(model, params, joining, last, sampling, stops)
+    newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, 1)
+    none = jnp.zeros_like(lengths)
+    joining = State(cache, None, none, newest[:, 0], lengths - 1, left, jax.random.key_data(keys), seen)
+    joining, first = _take(model, params, joining, last[:, None], newest, sampling, stops)
     k, v = state.cache
     P = cache.v.shape[3]
     entered = Cache(
         k.at[:, slots, :, :, :P].set(cache.k, mode="drop"),
         v.at[:, slots, :, :P].set(cache.v, mode="drop"),
     )
-    rest = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), state[1:], joining[1:])
-    return State(entered, *rest), joining.token
+    table = state.table
+    if table is not None:
+        whole = jnp.pad(tokens, ((0, 0), (0, 1))).at[jnp.arange(len(tokens)), lengths].set(first[:, 0])
+        table = draft.learn(table, whole, jnp.where(left > 0, lengths + 1, 0))
+    rest = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), state[2:], joining[2:])
+    return State(entered, table, *rest), first[:, 0]
 
 
-def _take(model: Decoder, params: Any, state: State, hidden: Array, sampling: Sampling, stops: Array) -> State:
-    """Chooses the next token of the rows under way from hidden [B, D]."""
-    going = state.left > 0
-    logits = kinds.matmul(hidden, head(params, model.config)).astype(jnp.float32)
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.position)
-    token = jnp.where(going, next_token(logits, sampling, keys, state.seen), -1)
-    ended = jnp.isin(token, stops)
-    seen = None if state.seen is None else state.seen | (jnp.arange(logits.shape[-1]) == token[:, None])
-    left = jnp.where(ended, 0, jnp.maximum(state.left - 1, 0))
-    # a free slot stands at 0: a CPU attends only as far as the furthest
-    return State(state.cache, token, jnp.where(left > 0, state.position + 1, 0), left, state.keys, seen)
-
-
-@partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _decode(
-    model: Decoder, params: Any, state: State, sampling: Sampling, stops: Array, n: Array, least: Array
+def _take(
+    model: Decoder, params: Any, state: State, hidden: Array, tokens: Array, sampling: Sampling, stops: Array
 ) -> tuple[State, Array]:
-    """Up to n further tokens of every row under way, [B, CHUNK], while there are `least`; -1 where there is none."""
-    ones = jnp.ones_like(state.token)[:, None]
+    """The next tokens of the rows under way, [B, T] and -1 where there is none, from hidden [B, T, D] of tokens [B, T]: the
+    newest and guesses of what follows it, which are right as far as they are what is chosen.
+    """
+    B, T = tokens.shape
+    logits = kinds.matmul(hidden.reshape(B * T, -1), head(params, model.config)).astype(jnp.float32)
+    positions = state.position[:, None] + jnp.arange(T)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(state.keys), positions)
+    seen, V = state.seen, logits.shape[-1]
+    if seen is not None:
+        seen = seen[:, None] | (jax.nn.one_hot(tokens, V, dtype=jnp.int32).cumsum(1) > 0)
+    chosen = next_token(logits, sampling, keys.reshape(B * T), None if seen is None else seen.reshape(B * T, V)).reshape(B, T)
+    ends = jnp.isin(chosen, stops)
+    going = (jnp.cumsum(ends, 1) - ends == 0) & (jnp.arange(T) < state.left[:, None])
+    new = jnp.where(going & draft.agreed(tokens, chosen), chosen, -1)
+    n = (new >= 0).sum(1)
+    path = jnp.concatenate([state.before[:, None], tokens[:, :1], chosen], 1)
+    before, token = jnp.take_along_axis(path, n[:, None] + jnp.arange(2), 1).T
+    left = jnp.where((ends & (new >= 0)).any(1), 0, state.left - n)
+    if state.seen is not None:
+        seen = state.seen | (new[..., None] == jnp.arange(V)).any(1)
+    return State(state.cache, state.table, before, token, state.position + n, left, state.keys, seen), new
+
+
+@partial(jax.jit, static_argnames=("model", "draft_tokens"), donate_argnames="state")
+def _decode(
+    model: Decoder, params: Any, state: State, sampling: Sampling, stops: Array, n: Array, least: Array, *, draft_tokens: int
+) -> tuple[State, Array]:
+    """n further tokens of every row under way and up to `draft_tokens` more, [B, CHUNK + draft_tokens] and -1 where there is
+    none, while there are `least` rows.
+    """
+    B, T = state.token.size, 1 + draft_tokens
+    ones = jnp.ones((B, T), jnp.int32)
     stacks = _layers(model, params)
     if stacks:
         model = model.clone(scan=False)
 
     def more(carry: tuple[Array, State, Array]) -> Array:
-        i, state, _ = carry
-        return (i < n) & ((state.left > 0).sum() >= least)
+        made, state, _ = carry
+        going = state.left > 0
+        return (jnp.where(going, made, 0).max() < n) & (going.sum() >= least)
 
     def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
-        i, state, out = carry
-        token = jnp.maximum(state.token, 0)[:, None]
+        made, state, out = carry
+        tokens = state.token[:, None]
+        if state.table is not None:
+            tokens = draft.guess(state.table, state.before, state.token, draft_tokens)
+        positions = state.position[:, None] + jnp.arange(T)
         whole = params | {name: jax.tree.map(lambda *xs: jnp.stack(xs), *layers) for name, layers in stacks.items()}
-        hidden, cache = _forward(model, whole, token, ones, state.position[:, None], state.cache, state.position + 1)
-        state = _take(model, params, state._replace(cache=cache), hidden[:, 0], sampling, stops)
-        return i + 1, state, jax.lax.dynamic_update_slice(out, state.token[:, None], (0, i))
+        hidden, cache = _forward(model, whole, tokens, ones, positions, state.cache, state.position + 1)
+        after, new = _take(model, params, state._replace(cache=cache), hidden, tokens, sampling, stops)
+        known = (new >= 0).sum(1)
+        if after.table is not None:
+            said = jnp.concatenate([state.before[:, None], state.token[:, None], new], 1)
+            after = after._replace(table=draft.learn(after.table, said, jnp.where(known > 0, known + 2, 0)))
+        out = out.at[jnp.arange(B)[:, None], made[:, None] + jnp.arange(T)].set(new)
+        return made + known, after, out
 
-    out = jnp.full((ones.shape[0], CHUNK), -1, jnp.int32)
-    _, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), state, out))
+    out = jnp.full((B, CHUNK + draft_tokens), -1, jnp.int32)
+    _, state, out = jax.lax.while_loop(more, step, (jnp.zeros(B, jnp.int32), state, out))
     return state, out
 
 

@@ -112,32 +112,20 @@ def cached_attention(
 
     Slot s holds position s; what lies beyond a query's position is not seen.
     """
-    S = v.shape[3]
-    window = jnp.asarray([FAR if w is None else w for w in windows])[0 if which is None else which]
-
-    def attend(n: int) -> Array:
-        return _cached(q, k[layer, ..., :n], v[layer, ..., :n, :], positions, window, scale, softcap)
-
-    if jax.default_backend() != "cpu" or S < 128:
-        return attend(S)
-    # CPU: what is read costs more than what is computed, so only as many eighths as are filled; elsewhere a branch costs more
-    return jax.lax.switch(positions.max() * 8 // S, [partial(attend, -(-S * i // 8)) for i in range(1, 9)])
-
-
-def _cached(q: Array, k: Array, v: Array, positions: Array, window: Array, scale: float, softcap: float | None) -> Array:
-    """k [B, K, H, S], v [B, K, S, H]."""
+    k, v = k[layer], v[layer]
     B, T, N, H = q.shape
     K, S = v.shape[1:3]
     G = N // K
+    window = jnp.asarray([FAR if w is None else w for w in windows])[0 if which is None else which]
     # one product a kv head over its G queries of all T positions: with T an axis of its own, the CPU transposes the results
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     scores = capped(jnp.einsum("bkmh,bkhs->bkms", q, k, preferred_element_type=jnp.float32) * scale, softcap)
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
     seen = (behind >= 0) & (behind < window)
-    scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
-    y = jnp.einsum("bkms,bksh->bkmh", probs, v).reshape(B, K, G, T, H)
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED).reshape(B, K, G * T, S)
+    e = jnp.exp(scores - scores.max(-1, keepdims=True))
+    y = jnp.einsum("bkms,bksh->bkmh", e.astype(v.dtype), v, preferred_element_type=jnp.float32) / e.sum(-1, keepdims=True)
+    return y.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(v.dtype)
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:

@@ -59,7 +59,7 @@ SWITCHES = {
 @pytest.mark.parametrize("name", SWITCHES)
 def test_cached_decoding_equals_full_forward(name, monkeypatch):
     monkeypatch.setattr(module, "PREFILL", 64)  # the longest prompt takes two blocks of 32 columns
-    monkeypatch.setattr(module, "AHEAD", 8)  # and the cache grows on the way
+    monkeypatch.setitem(module.AHEAD, "cpu", 8)  # and the cache grows on the way
     c = tiny.config(**{"max_positions": 128, **SWITCHES[name]})
     model, params = Decoder(c), tiny.params(c)
     answers = Engine(model, params).generate(PROMPTS, max_new_tokens=50)
@@ -318,8 +318,8 @@ def test_nobody_waits_for_the_longest(unequal, monkeypatch):
     steps = []
     decode = module._decode
 
-    def counted(*args):
-        state, out = decode(*args)
+    def counted(*args, **options):
+        state, out = decode(*args, **options)
         steps.append(int((np.asarray(out) >= 0).any(0).sum()))
         return state, out
 
