@@ -5,7 +5,8 @@
 Both are given the same prompts (beginnings of a text, of unequal lengths; transformers' padded on the left as its manual says),
 make the same number of new tokens with no token ending an answer, and must make the same ones. Both are warmed up with the
 very request that is then timed; a time is the whole call's, from lists of ids to lists of ids; medians of --runs, in turn.
-transformers runs on one thread and on torch's own number, and the faster counts; XLA chooses for itself.
+transformers runs on one thread and on torch's own number, and the faster counts; XLA chooses for itself. Both also with
+--draft-tokens guesses a pass: sftjax' draft_tokens, transformers' prompt_lookup_num_tokens, which takes one row alone.
 
 The floor of a step is the larger of two times on this machine, both measured here: reading every weight once, and a row's
 products (2 FLOPs a parameter of a matrix) at the speed of a large matrix product. Attention, norms and the choice of a token
@@ -43,22 +44,26 @@ def main() -> None:
     p.add_argument("--models", required=True, nargs="+", type=Path, help="Hugging Face folders")
     p.add_argument("--rows", nargs="+", type=int, default=[1, 32])
     p.add_argument("--tokens", type=int, default=256, help="new ones, a row (default 256)")
+    p.add_argument("--draft-tokens", type=int, default=4, help="guessed ones, a pass (default 4)")
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--out", type=Path, help="markdown file for the table")
     a = p.parse_args()
     read, multiply = bandwidth(), flops()
-    lines = ["|model|rows|transformers|its threads|sftjax|times|ms a step|floor ms|", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    columns = "model|rows|transformers|sftjax|times|transformers, guessing|sftjax, guessing|times|ms a step|floor ms"
+    lines = [f"|{columns}|", "|---" + "|---:" * columns.count("|") + "|"]
     for folder, rows in itertools.product(a.models, a.rows):
-        lines.append(row(folder, rows, a.tokens, a.runs, read, multiply))
+        lines.append(row(folder, rows, a.tokens, a.draft_tokens, a.runs, read, multiply))
         print(lines[-1], file=sys.stderr, flush=True)
     text = "\n".join(
         [
             f"# Greedy generation, float32, on {hardware()}",
             "",
-            f"`python bench/generate.py --models ... --rows {' '.join(map(str, a.rows))} --tokens={a.tokens} --runs={a.runs}`, "
+            f"`python bench/generate.py --models ... --rows {' '.join(map(str, a.rows))} --tokens={a.tokens} "
+            f"--draft-tokens={a.draft_tokens} --runs={a.runs}`, "
             f"{time.strftime('%Y-%m-%d')}, load average at the end {os.getloadavg()[0]:.1f}. jax {jax.__version__}; "
             f"transformers {transformers.__version__}, torch {torch.__version__}, on one thread or on all, whichever is faster. "
-            f"New tokens a second over all rows, {a.tokens} a row, the same in both; million parameters that a step reads.",
+            f"New tokens a second over all rows, {a.tokens} a row, the same in all; million parameters that a step reads. "
+            f"Guessing is {a.draft_tokens} tokens a pass; both `times` are of transformers that does not guess.",
             f"The floor: {read / 1e9:.0f} GB/s read and {multiply / 1e9:.0f} GFLOP/s multiplied.",
             "",
             *lines,
@@ -70,7 +75,7 @@ def main() -> None:
         a.out.write_text(text)
 
 
-def row(folder: Path, rows: int, tokens: int, runs: int, read: float, multiply: float) -> str:
+def row(folder: Path, rows: int, tokens: int, guesses: int, runs: int, read: float, multiply: float) -> str:
     """One line of the table."""
     model = sftjax.load(folder)
     engine = Engine(model.module, model.params)
@@ -79,28 +84,32 @@ def row(folder: Path, rows: int, tokens: int, runs: int, read: float, multiply: 
     ids = model.tokenizer(TEXT)["input_ids"]
     prompts = [ids[: 4 + i % 29] for i in range(rows)]
 
-    def ours() -> list[list[int]]:
-        return [answer.ids for answer in engine.generate(prompts, max_new_tokens=tokens)]
+    def ours(draft_tokens: int) -> list[list[int]]:
+        return [answer.ids for answer in engine.generate(prompts, max_new_tokens=tokens, draft_tokens=draft_tokens)]
 
-    def transformers_on(threads: int) -> list[list[int]]:
+    def transformers_on(threads: int, **options: int) -> list[list[int]]:
         torch.set_num_threads(threads)
-        return generate(theirs, prompts, tokens)
+        return generate(theirs, prompts, tokens, **options)
 
     threads = sorted({1, torch.get_num_threads()})
-    mine, *others = timed([ours, *(functools.partial(transformers_on, n) for n in threads)], runs)
-    best = min(others)
+    plain = [functools.partial(transformers_on, n) for n in threads]
+    lookup = [functools.partial(run, prompt_lookup_num_tokens=guesses) for run in plain] if rows == 1 else []
+    mine, guessing, *others = timed([functools.partial(ours, n) for n in (0, guesses)] + plain + lookup, runs)
+    theirs_plain, theirs_guessing = min(others[: len(plain)]), min(others[len(plain) :], default=None)
     c = model.module.config
     read_once = sum(x.size for x in jax.tree.leaves(model.params)) - (0 if c.tied else c.vocab * c.width)
     floor = max(4 * read_once / read, 2 * read_once * rows / multiply)
-    speeds = f"{rows * tokens / best:,.0f}|{threads[others.index(best)]}|{rows * tokens / mine:,.0f}|{best / mine:.1f}"
-    return f"|{name(folder)}, {read_once / 1e6:.2f} M|{rows}|{speeds}|{1e3 * mine / tokens:.3f}|{1e3 * floor:.3f}|"
+    cells = [f"{name(folder)}, {read_once / 1e6:.2f} M", str(rows)]
+    for best, own in ((theirs_plain, mine), (theirs_guessing, guessing)):
+        cells += [f"{rows * tokens / best:,.0f}" if best else "-", f"{rows * tokens / own:,.0f}", f"{theirs_plain / own:.1f}"]
+    return f"|{'|'.join(cells)}|{1e3 * mine / tokens:.3f}|{1e3 * floor:.3f}|"
 
 
-def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], tokens: int, **options: int) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, **options)
     return out[:, longest:].tolist()
 
 
