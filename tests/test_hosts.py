@@ -5,6 +5,7 @@ Every run's mesh has the same eight devices, however many processes they belong 
 """
 
 import json
+import os
 import signal
 import socket
 
@@ -37,7 +38,7 @@ def begin(toy, folder, workdir, count, ends=(), flags=()):
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     env = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}",
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
     }
