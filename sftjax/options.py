@@ -219,6 +219,6 @@ def model_options(p: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="guess N tokens from what was said before and check them in one pass: the same answers, sooner where few rows go "
-        "together and text repeats itself, e.g. 4 (default 0)",
+        help="guess N tokens from what was said before and check them in one pass: the same answers but for rounding, sooner "
+        "where few rows go together and text repeats itself, e.g. 4 (default 0)",
     )

@@ -10,7 +10,8 @@ import numpy as np
 from sftjax import tree
 from sftjax.data.batch import Batch
 from sftjax.models.config import DecoderConfig
-from sftjax.models.decoder import shapes
+from sftjax.models.decoder import forward, shapes
+from sftjax.weights.kinds import matmul
 
 CONFIG = DecoderConfig(vocab=64, width=24, mlp_width=40, layers=3, heads=4, kv_heads=2, head_dim=8)
 
@@ -80,3 +81,18 @@ def assert_trees_close(a, b, rtol: float = 1e-5, atol: float = 1e-6) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=atol + rtol * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, a, b)
+
+
+def assert_greedy(model, params, prompts, answers, slack=1e-4):
+    """Each token of each answer has the largest logit of one whole forward, within `slack`."""
+    T = 128
+    tokens, segments = np.zeros((2, len(prompts), T), np.int32)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        ids = [*p, *a.ids]
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    positions = np.broadcast_to(np.arange(T), tokens.shape)
+    hidden, head, _ = jax.jit(forward(model))(params, Batch(tokens, None, segments, positions))
+    logits = np.asarray(matmul(hidden, head), np.float32)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        at = logits[row, len(p) - 1 : len(p) - 1 + len(a.ids)]
+        np.testing.assert_array_less(at.max(-1) - at[np.arange(len(a.ids)), a.ids], slack)

@@ -86,9 +86,9 @@ class Engine:
 
         `batch_size` rows go on together; the next prompt takes the place of an answer that ends. Prompts of like length
         start together, within WINDOW batches that follow each other in order. `draft_tokens` are guessed and checked in one
-        pass with a row's newest: the same answers, in fewer passes where text repeats itself. Raises UserError, before the
-        first answer, for a prompt that is empty or leaves no room within the model's positions, and for a `seed` outside
-        0..2**32-1.
+        pass with a row's newest: the same answers but for rounding, in fewer passes where text repeats itself. Raises
+        UserError, before the first answer, for a prompt that is empty or leaves no room within the model's positions, for a
+        `seed` outside 0..2**32-1 and `draft_tokens` outside 0..CHUNK.
         """
         if stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer to be found with")
@@ -129,8 +129,8 @@ class Engine:
             n = min(max(1, 2 * n), CHUNK) if time.perf_counter() - began < LOOK else max(1, n // 2)
 
     def _flight(self, slots: int, max_new_tokens: int, seed: int, draft_tokens: int, sampling: dict[str, Any]) -> Flight:
-        if draft_tokens < 0:
-            raise UserError(f"draft_tokens={draft_tokens}: needs 0 (none) or more")
+        if not 0 <= draft_tokens <= CHUNK:
+            raise UserError(f"draft_tokens={draft_tokens}: needs a whole number from 0 (none) to {CHUNK}")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: needs a whole number from 0 to {2**32 - 1}")
         return Flight(

@@ -1,7 +1,7 @@
 """Flight: slots that decode together; where an answer ends, the next prompt takes its slot and the others go on.
 
     join    right-padded prompts, R at a time, a block of columns at a time   [R, C] -> cache of P -> free rows of [B, S]
-    next    one compiled while_loop of up to CHUNK tokens; the host looks in between (stop strings, streaming, free slots)
+    next    one compiled while_loop of up to CHUNK passes; the host looks in between (stop strings, streaming, free slots)
 
 A pass through the model takes the newest token of each row and `draft_tokens` guesses of what follows it, which draft.py makes.
 B, R, C, P and S are powers of two and the cache doubles when it is full, so that few programs serve all requests. What a
@@ -28,9 +28,10 @@ from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, Decoder, head, init_cache
 from sftjax.weights import kinds
 
-CHUNK = 32  # tokens a row between two looks of the host
+CHUNK = 32  # passes between two looks of the host
 PREFILL = 2048  # prompt tokens at a time over all rows: bounds the scores [R, N, C, P]
-AHEAD = {"cpu": 32, "gpu": 256, "tpu": 256}  # room that a new cache has for answers: a CPU pays most to read what is empty
+AHEAD = 256  # positions that a new cache has for answers; CHUNK on a CPU where a layer's would take more than NEAR
+NEAR = 2**20  # bytes in a core's own cache, beyond which what is empty costs more to read than the cache to grow
 APART = 2**31  # bytes of layers that a CPU takes apart
 
 
@@ -114,8 +115,11 @@ class Flight:
         for row, leg in enumerate(legs):
             tokens[row, : len(leg.ids)] = leg.ids
         penalised = self.sampling.repetition_penalty is not None
-        room = int(lengths.max()) + AHEAD[jax.default_backend()]
-        self._reserve(power(min(room, max(ends)), least=max(64, P)), penalised)
+        if self.state is None:
+            size = power(min(int(lengths.max()) + self._ahead(), max(ends)), least=max(64, P))
+            self.state = _vacant(self.model, self.B, size, penalised, bool(self.draft_tokens))
+        elif self.length < P:
+            self.state = _resized(self.state, P)
 
         cache, last = _empty(self.model, R, P)
         for start in range(0, int(lengths.max()), C):
@@ -139,12 +143,10 @@ class Flight:
         )
         self.fresh.append((slots, first))
 
-    def _reserve(self, length: int, penalised: bool = False) -> None:
-        """A cache of at least so many positions."""
-        if self.state is None:
-            self.state = _vacant(self.model, self.B, length, penalised, bool(self.draft_tokens))
-        elif length > self.length:
-            self.state = _grow(self.state, length)
+    def _ahead(self) -> int:
+        c = self.model.config
+        layer = 2 * self.B * c.kv_heads * AHEAD * c.head_dim * jnp.dtype(self.model.dtype).itemsize
+        return CHUNK if jax.default_backend() == "cpu" and layer > NEAR else AHEAD
 
     @property
     def length(self) -> int:
@@ -152,7 +154,8 @@ class Flight:
         return self.state.cache.v.shape[3]
 
     def next(self, n: int = CHUNK, *, waiting: bool = False) -> dict[int, list[int]]:
-        """The next tokens, up to n, of each slot under way; a slot whose row has ended comes for the last time, and is free.
+        """The next tokens of each slot under way, of up to n passes; a slot whose row has ended comes for the last time, and is
+        free.
 
         A row that has just joined brings the token that prefill made besides. `waiting`: come back as soon as R slots are free.
         """
@@ -165,8 +168,9 @@ class Flight:
         made = None
         if n:
             n = min(n, CHUNK)
-            needed = int(np.minimum(self.position + n + self.draft_tokens, self.end_position)[busy].max())
-            self._reserve(power(needed, least=64))
+            size = power(int(np.minimum(self.position + 1 + self.draft_tokens, self.end_position)[busy].max()), least=64)
+            if size > self.length or 8 * size <= self.length:  # a long row has gone: the others need not read what it had
+                self.state = _resized(self.state, size if size > self.length else 2 * size)
             least = len(busy) - self.R + 1 if waiting else 1
             bounds = np.int32(n), np.int32(max(1, least))
             self.state, made = _decode(
@@ -231,7 +235,7 @@ def _prefill(
     R, C = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(C), (R, C))
     real = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = _forward(model, params, tokens, real, positions, cache, lengths)
+    hidden, cache = _forward(model, params, tokens, real, positions, cache, lengths[:, None])
     at = lengths - 1 - start
     mine = jnp.take_along_axis(hidden, jnp.clip(at, 0, C - 1)[:, None, None], 1)[:, 0]
     return cache, jnp.where(((at >= 0) & (at < C))[:, None], mine, last)
@@ -285,9 +289,11 @@ def _take(
     positions = state.position[:, None] + jnp.arange(T)
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(state.keys), positions)
     seen, V = state.seen, logits.shape[-1]
+    by_then = None  # [B * T, V]: with the guesses that are taken for granted
     if seen is not None:
-        seen = seen[:, None] | (jax.nn.one_hot(tokens, V, dtype=jnp.int32).cumsum(1) > 0)
-    chosen = next_token(logits, sampling, keys.reshape(B * T), None if seen is None else seen.reshape(B * T, V)).reshape(B, T)
+        guessed = jnp.cumsum(tokens[..., None] == jnp.arange(V), 1) > 0
+        by_then = (seen[:, None] | guessed).reshape(B * T, V)
+    chosen = next_token(logits, sampling, keys.reshape(B * T), by_then).reshape(B, T)
     ends = jnp.isin(chosen, stops)
     going = (jnp.cumsum(ends, 1) - ends == 0) & (jnp.arange(T) < state.left[:, None])
     new = jnp.where(going & draft.agreed(tokens, chosen), chosen, -1)
@@ -295,8 +301,8 @@ def _take(
     path = jnp.concatenate([state.before[:, None], tokens[:, :1], chosen], 1)
     before, token = jnp.take_along_axis(path, n[:, None] + jnp.arange(2), 1).T
     left = jnp.where((ends & (new >= 0)).any(1), 0, state.left - n)
-    if state.seen is not None:
-        seen = state.seen | (new[..., None] == jnp.arange(V)).any(1)
+    if seen is not None:
+        seen = seen.at[jnp.arange(B)[:, None], jnp.where(new >= 0, new, V)].set(True, mode="drop")
     return State(state.cache, state.table, before, token, state.position + n, left, state.keys, seen), new
 
 
@@ -304,38 +310,39 @@ def _take(
 def _decode(
     model: Decoder, params: Any, state: State, sampling: Sampling, stops: Array, n: Array, least: Array, *, draft_tokens: int
 ) -> tuple[State, Array]:
-    """n further tokens of every row under way and up to `draft_tokens` more, [B, CHUNK + draft_tokens] and -1 where there is
-    none, while there are `least` rows.
+    """Up to n passes: the tokens that each row takes, [B, CHUNK * T] and -1 beyond them. It ends where fewer than `least` rows
+    go on, and before a pass that the cache has no room for.
     """
     B, T = state.token.size, 1 + draft_tokens
+    S = state.cache.v.shape[3]
     ones = jnp.ones((B, T), jnp.int32)
     stacks = _layers(model, params)
     if stacks:
         model = model.clone(scan=False)
 
-    def more(carry: tuple[Array, State, Array]) -> Array:
-        made, state, _ = carry
-        going = state.left > 0
-        return (jnp.where(going, made, 0).max() < n) & (going.sum() >= least)
+    def more(carry: tuple[Array, State, Array, Array]) -> Array:
+        i, state, _, _ = carry
+        room = jnp.where(state.left > 0, state.position + jnp.minimum(state.left, T), 0).max() <= S
+        return (i < n) & ((state.left > 0).sum() >= least) & room
 
-    def step(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
-        made, state, out = carry
+    def step(carry: tuple[Array, State, Array, Array]) -> tuple[Array, State, Array, Array]:
+        i, state, made, out = carry
         tokens = state.token[:, None]
         if state.table is not None:
             tokens = draft.guess(state.table, state.before, state.token, draft_tokens)
         positions = state.position[:, None] + jnp.arange(T)
         whole = params | {name: jax.tree.map(lambda *xs: jnp.stack(xs), *layers) for name, layers in stacks.items()}
-        hidden, cache = _forward(model, whole, tokens, ones, positions, state.cache, state.position + 1)
+        hidden, cache = _forward(model, whole, tokens, ones, positions, state.cache, positions + 1)
         after, new = _take(model, params, state._replace(cache=cache), hidden, tokens, sampling, stops)
-        known = (new >= 0).sum(1)
-        if after.table is not None:
+        taken = after.position - state.position
+        if state.table is not None:
             said = jnp.concatenate([state.before[:, None], state.token[:, None], new], 1)
-            after = after._replace(table=draft.learn(after.table, said, jnp.where(known > 0, known + 2, 0)))
+            after = after._replace(table=draft.learn(state.table, said, jnp.where(taken > 0, taken + 2, 0)))
         out = out.at[jnp.arange(B)[:, None], made[:, None] + jnp.arange(T)].set(new)
-        return made + known, after, out
+        return i + 1, after, made + taken, out
 
-    out = jnp.full((B, CHUNK + draft_tokens), -1, jnp.int32)
-    _, state, out = jax.lax.while_loop(more, step, (jnp.zeros(B, jnp.int32), state, out))
+    made, out = jnp.zeros(B, jnp.int32), jnp.full((B, CHUNK * T), -1, jnp.int32)
+    _, state, _, out = jax.lax.while_loop(more, step, (jnp.int32(0), state, made, out))
     return state, out
 
 
@@ -356,8 +363,8 @@ def _unstack(stack: Any) -> list[Any]:
 
 
 @partial(jax.jit, static_argnames="length")
-def _grow(state: State, length: int) -> State:
-    k, v = state.cache
+def _resized(state: State, length: int) -> State:
+    k, v = state.cache.k[..., :length], state.cache.v[..., :length, :]
     extra, same = (0, length - v.shape[3]), (0, 0)
     return state._replace(cache=Cache(jnp.pad(k, (same, same, same, same, extra)), jnp.pad(v, (same, same, same, extra, same))))
 

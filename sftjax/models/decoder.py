@@ -48,12 +48,12 @@ class Cache(NamedTuple):
     v: Array
 
     def write(self, layer: Any, positions: Array, k: Array, v: Array) -> Cache:
-        """With k and v [B, T, K, H] of one layer at positions [B, T]."""
+        """With k and v [B, T, K, H] of one layer at positions [B, T]; what has no slot is dropped."""
         B, _, K, _ = k.shape
         row, head, slot = jnp.arange(B)[:, None, None], jnp.arange(K), positions[:, :, None]
         return Cache(
-            self.k.at[layer, row, head, :, slot].set(k.astype(self.k.dtype)),
-            self.v.at[layer, row, head, slot].set(v.astype(self.v.dtype)),
+            self.k.at[layer, row, head, :, slot].set(k.astype(self.k.dtype), mode="drop"),
+            self.v.at[layer, row, head, slot].set(v.astype(self.v.dtype), mode="drop"),
         )
 
 
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
     """tokens, segments, positions [B, T] -> (hidden [B, T, D], cache, routed). `dtype` is the compute dtype.
 
     `on_embed` maps the embeddings [B, T, D] before the first layer: the one hook that NEFTune needs. `lower` is the
-    number of layers in a first stack of their own (`weights.select.cut`). `lengths` [B] are the rows' whole lengths where
+    number of layers in a first stack of their own (`weights.select.cut`). `lengths` [B, T or 1] are the rows' whole lengths where
     only some of their columns come at once.
     """
 

@@ -109,14 +109,14 @@ def rope(
     yarn      the same by dimension, and cos and sin scaled (arXiv:2309.00071)
     longrope  each divided by a factor of its own, by another in sequences beyond the trained length (arXiv:2402.13753)
 
-    A sequence's length is its segment's, or `lengths` [B] where rows hold only a part of theirs.
+    A sequence's length is its segment's, or `lengths` [B, T or 1] where rows hold only a part of theirs.
     """
     if c is None:  # turned by nothing: of the shape of the others, which its layers are stacked with
         flat = jnp.ones((*positions.shape, 1, head_dim), jnp.float32)
         return flat, 0 * flat
 
     def whole() -> Array:  # [B, T or 1, 1]
-        return (segment_lengths(positions, segments) if lengths is None else lengths[:, None])[..., None]
+        return (segment_lengths(positions, segments) if lengths is None else lengths)[..., None]
 
     head_dim = int(head_dim * c.partial)
     half = head_dim // 2

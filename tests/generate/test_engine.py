@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import assert_greedy
 
 from sftjax import sharding, tree
 from sftjax.config import UserError
@@ -32,21 +33,6 @@ RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, CONFIG.vocab, n).tolist() for n in (3, 41, 1, 17, 8)]
 
 
-def assert_greedy(model, params, prompts, answers, slack=1e-4):
-    """Each token of each answer has the largest logit of one whole forward, within `slack`."""
-    T = 128
-    tokens, segments = np.zeros((2, len(prompts), T), np.int32)
-    for row, (p, a) in enumerate(zip(prompts, answers)):
-        ids = [*p, *a.ids]
-        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
-    positions = np.broadcast_to(np.arange(T), tokens.shape)
-    hidden, head, _ = jax.jit(forward(model))(params, Batch(tokens, None, segments, positions))
-    logits = np.asarray(matmul(hidden, head), np.float32)
-    for row, (p, a) in enumerate(zip(prompts, answers)):
-        at = logits[row, len(p) - 1 : len(p) - 1 + len(a.ids)]
-        np.testing.assert_array_less(at.max(-1) - at[np.arange(len(a.ids)), a.ids], slack)
-
-
 SWITCHES = {
     "plain": {},
     "tied, biases": {"tied": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
@@ -59,12 +45,13 @@ SWITCHES = {
 @pytest.mark.parametrize("name", SWITCHES)
 def test_cached_decoding_equals_full_forward(name, monkeypatch):
     monkeypatch.setattr(module, "PREFILL", 64)  # the longest prompt takes two blocks of 32 columns
-    monkeypatch.setitem(module.AHEAD, "cpu", 8)  # and the cache grows on the way
+    monkeypatch.setattr(module, "AHEAD", 8)  # and the cache grows on the way
     c = tiny.config(**{"max_positions": 128, **SWITCHES[name]})
     model, params = Decoder(c), tiny.params(c)
     answers = Engine(model, params).generate(PROMPTS, max_new_tokens=50)
     assert [len(a.ids) for a in answers] == [50] * len(PROMPTS) and not any(a.stopped for a in answers)
     assert_greedy(model, params, PROMPTS, answers)
+    assert_greedy(model, params, PROMPTS, Engine(model, params).generate(PROMPTS, max_new_tokens=50, draft_tokens=3))
 
 
 def test_dynamic_rope_within_its_trained_length():
@@ -278,7 +265,7 @@ def test_the_models_positions_are_the_end():
 
 
 def programs():
-    return [fn._cache_size() for fn in (module._vacant, module._prefill, module._enter, module._decode, module._grow)]
+    return [fn._cache_size() for fn in (module._vacant, module._prefill, module._enter, module._decode, module._resized)]
 
 
 def test_a_like_request_compiles_nothing():
@@ -347,7 +334,8 @@ def test_sharded_equals_single():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, sequence=2)
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
-        assert Engine(Decoder(CONFIG), params).generate(PROMPTS, max_new_tokens=10) == expected
+        for n in (0, 3):
+            assert Engine(Decoder(CONFIG), params).generate(PROMPTS, max_new_tokens=10, draft_tokens=n) == expected
 
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105"])
