@@ -115,11 +115,11 @@ class Flight:
         for row, leg in enumerate(legs):
             tokens[row, : len(leg.ids)] = leg.ids
         penalised = self.sampling.repetition_penalty is not None
+        size = max(P, self._room(self._ahead()))
         if self.state is None:
-            size = power(min(int(lengths.max()) + self._ahead(), max(ends)), least=max(64, P))
             self.state = _vacant(self.model, self.B, size, penalised, bool(self.draft_tokens))
-        elif self.length < P:
-            self.state = _resized(self.state, P)
+        elif size > self.length:
+            self.state = _resized(self.state, size)
 
         cache, last = _empty(self.model, R, P)
         for start in range(0, int(lengths.max()), C):
@@ -148,6 +148,10 @@ class Flight:
         layer = 2 * self.B * c.kv_heads * AHEAD * c.head_dim * jnp.dtype(self.model.dtype).itemsize
         return CHUNK if jax.default_backend() == "cpu" and layer > NEAR else AHEAD
 
+    def _room(self, ahead: int) -> int:
+        """Slots of a cache that holds so many positions more of every row under way."""
+        return power(int(np.minimum(self.position + ahead, self.end_position).max()), least=64)
+
     @property
     def length(self) -> int:
         assert self.state is not None
@@ -168,9 +172,9 @@ class Flight:
         made = None
         if n:
             n = min(n, CHUNK)
-            size = power(int(np.minimum(self.position + 1 + self.draft_tokens, self.end_position)[busy].max()), least=64)
-            if size > self.length or 8 * size <= self.length:  # a long row has gone: the others need not read what it had
-                self.state = _resized(self.state, size if size > self.length else 2 * size)
+            needed, room = self._room(1 + self.draft_tokens), self._room(self._ahead())
+            if needed > self.length or 4 * room <= self.length:  # full; or a long row has gone, and nobody reads what it had
+                self.state = _resized(self.state, max(needed, room))
             least = len(busy) - self.R + 1 if waiting else 1
             bounds = np.int32(n), np.int32(max(1, least))
             self.state, made = _decode(

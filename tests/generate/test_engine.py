@@ -329,6 +329,23 @@ def test_requests_of_any_number_and_length_share_few_programs(unequal):
     assert all(x - y <= limit for x, y, limit in zip(programs(), before, (2, 2, 4, 2, 1)))
 
 
+def test_the_cache_is_as_long_as_its_rows_need(monkeypatch):
+    monkeypatch.setattr(module, "AHEAD", 8)
+    c = tiny.config(max_positions=256)
+    engine = Engine(Decoder(c), tiny.params(c))
+    prompts = [RNG.integers(0, c.vocab, n).tolist() for n in (250, 5)]
+    flight = engine._flight(2, 70, 0, 0, {})
+    long, short = flight.join([0, 1], prompts)
+    answers, lengths = {long: [], short: []}, []
+    while len(flight.free) < 2:
+        for slot, new in flight.next(4).items():
+            answers[slot] += new
+        lengths.append(flight.length)
+    assert lengths[0] == 256 and lengths[2] == 64 and lengths[-1] == 128
+    alone = [engine.generate([p], max_new_tokens=70)[0].ids for p in prompts]
+    assert [answers[long], answers[short]] == alone
+
+
 def test_sharded_equals_single():
     expected = Engine(Decoder(CONFIG), PARAMS).generate(PROMPTS, max_new_tokens=10)
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, sequence=2)
