@@ -120,7 +120,7 @@ def test_a_loop_without_a_known_end_is_named():
 
 
 def test_a_device_of_many_does_its_share():
-    mesh = jax.sharding.AbstractMesh((3,), ("data",))
+    mesh = jax.sharding.AbstractMesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
     split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     with jax.sharding.use_abstract_mesh(mesh):
