@@ -50,12 +50,13 @@ def run_generate(
         hint = "a base model takes rows of prompt and completion, or text"
         raise UserError(f"--model={model}: has no chat template, and {data} has conversations; {hint}")
     questions = ask(engine, chat, examples)
+    answers = engine.each([q.ids for q in questions], tokenizer=chat.tokenizer, **options)
     bars = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with target.open("w", encoding="utf-8") as file, Progress(*bars, console=Console(stderr=True)) as progress:
         task = progress.add_task("answering", total=len(questions))
         waiting: dict[int, Generated] = {}
         written = 0
-        for row, answer in engine.each([q.ids for q in questions], tokenizer=chat.tokenizer, **options):
+        for row, answer in answers:
             progress.advance(task)
             waiting[row] = answer
             while written in waiting:

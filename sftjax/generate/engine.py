@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ class Engine:
         `batch_size` rows go on together; the next prompt takes the place of an answer that ends. Prompts of like length
         start together, within WINDOW batches that follow each other in order. `draft_tokens` are guessed and checked in one
         pass with a row's newest: the same answers but for rounding, in fewer passes where text repeats itself. Raises
-        UserError, before the first answer, for a prompt that is empty or leaves no room within the model's positions, for a
+        UserError, when it is called, for a prompt that is empty or leaves no room within the model's positions, for a
         `seed` outside 0..2**32-1 and `draft_tokens` outside 0..CHUNK.
         """
         if stop_strings and tokenizer is None:
@@ -100,11 +100,20 @@ class Engine:
         for start in range(0, len(prompts), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(prompts)))
             waiting += sorted(window, key=lambda i: len(prompts[i]))
+
+        def writer(row: int) -> Writer | None:
+            return Writer(tokenizer, stop_strings, prompts[row]) if tokenizer else None
+
+        return self._answers(flight, prompts, waiting, writer)
+
+    def _answers(
+        self, flight: Flight, prompts: Sequence[Sequence[int]], waiting: deque[int], writer: Callable[[int], Writer | None]
+    ) -> Iterator[tuple[int, Generated]]:
         under_way: dict[int, Answer] = {}  # by slot
         while waiting or under_way:
             rows = [waiting.popleft() for _ in range(min(len(waiting), len(flight.free)))]
             for slot, row in zip(flight.join(rows, [prompts[i] for i in rows]), rows):
-                under_way[slot] = Answer(row, Writer(tokenizer, stop_strings, prompts[row]) if tokenizer else None)
+                under_way[slot] = Answer(row, writer(row))
             for slot, tokens in flight.next(CHUNK, waiting=bool(waiting)).items():
                 answer = under_way[slot]
                 if answer.add(tokens, self.stop_ids):

@@ -34,6 +34,15 @@ def test_an_existing_file_is_not_written_over(toy, tmp_path):
     assert out.read_text() == "mine"
 
 
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"draft_tokens": 99}, {"top_p": 2.0, "temperature": 1.0}, {"batch_size": 0}])
+def test_a_wrong_option_loses_no_earlier_answers(toy, tmp_path, wrong):
+    out = tmp_path / "answers.jsonl"
+    out.write_text("mine")
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        run_generate(str(toy.base), data=str(toy.data), out=str(out), force=True, max_new_tokens=2, **wrong)
+    assert out.read_text() == "mine"
+
+
 def test_rows_that_cannot_be_asked_are_named_before_anything_is_written(toy, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     row = {"prompt": "x" * 300, "completion": "y"}
