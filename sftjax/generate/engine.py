@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from sftjax import tree
 from sftjax.config import UserError
+from sftjax.generate.apart import take_apart
 from sftjax.generate.flight import CHUNK, Flight, batch_shards
 from sftjax.generate.sampling import choose
 from sftjax.generate.score import Scored, score_batch
@@ -57,6 +58,7 @@ class Engine:
         Adapter                        applied: it is no matrix
 
     With `share` nothing is merged in float32 either: for one who asks a model a little between two steps of its training.
+    On a CPU decoding has its own copy of the layers (apart.py), made with the first answer.
     """
 
     def __init__(self, model: Decoder, params: Any, *, stop_ids: Sequence[int] = (), share: bool = False):
@@ -64,6 +66,11 @@ class Engine:
         self.params = _in_compute_dtype(params, model.dtype, merge=not share)
         self.stop_ids = frozenset(int(i) for i in stop_ids)
         self.limit = max_length(model.config)
+
+    @cached_property
+    def decoding(self) -> tuple[Decoder, Any]:
+        """The model and its parameters, as decoding takes them."""
+        return take_apart(self.model, self.params)
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options: Any) -> list[Generated]:
         """An answer for each prompt, in order; `options` as in `each`."""
@@ -145,6 +152,7 @@ class Engine:
         return Flight(
             self.model,
             self.params,
+            self.decoding,
             slots=slots,
             stops=self.stop_ids,
             limit=self.limit,

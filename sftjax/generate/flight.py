@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from sftjax import sharding
-from sftjax.generate import draft
+from sftjax.generate import apart, draft
 from sftjax.generate.sampling import Sampling, next_token
 from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, Decoder, head, init_cache
@@ -32,13 +32,12 @@ CHUNK = 32  # passes between two looks of the host
 PREFILL = 2048  # prompt tokens at a time over all rows: bounds the scores [R, N, C, P]
 AHEAD = 256  # positions that a new cache has for answers; CHUNK on a CPU where a layer's would take more than NEAR
 NEAR = 2**20  # bytes in a core's own cache, beyond which what is empty costs more to read than the cache to grow
-APART = 2**31  # bytes of layers that a CPU takes apart
 
 
 class State(NamedTuple):
     """The slots, all [B] but the cache and the table."""
 
-    cache: Cache
+    cache: list[Cache]  # of some layers each, as `apart` has them
     table: draft.Table | None  # what rows said before, where guesses are made
     before: Array  # the token before the newest
     token: Array  # the newest, not yet in the cache
@@ -63,6 +62,7 @@ class Flight:
         self,
         model: Decoder,
         params: Any,
+        decoding: tuple[Decoder, Any],
         *,
         slots: int,
         stops: Iterable[int],
@@ -73,7 +73,7 @@ class Flight:
         draft_tokens: int,
     ):
         self.model, self.params, self.sampling, self.seed = model, params, sampling, np.uint32(seed)
-        self.draft_tokens = draft_tokens
+        self.decoding, self.draft_tokens = decoding, draft_tokens
         self.stops = np.asarray(sorted(stops), np.int32)
         self.limit, self.max_new = limit, max_new
         self.B = power(slots, least=batch_shards())
@@ -117,7 +117,7 @@ class Flight:
         penalised = self.sampling.repetition_penalty is not None
         size = max(P, self._room(self._ahead()))
         if self.state is None:
-            self.state = _vacant(self.model, self.B, size, penalised, bool(self.draft_tokens))
+            self.state = _vacant(self.decoding[0], self.B, size, penalised, bool(self.draft_tokens))
         elif size > self.length:
             self.state = _resized(self.state, size)
 
@@ -155,7 +155,7 @@ class Flight:
     @property
     def length(self) -> int:
         assert self.state is not None
-        return self.state.cache.v.shape[3]
+        return self.state.cache[0].v.shape[3]
 
     def next(self, n: int = CHUNK, *, waiting: bool = False) -> dict[int, list[int]]:
         """The next tokens of each slot under way, of up to n passes; a slot whose row has ended comes for the last time, and is
@@ -178,7 +178,7 @@ class Flight:
             least = len(busy) - self.R + 1 if waiting else 1
             bounds = np.int32(n), np.int32(max(1, least))
             self.state, made = _decode(
-                self.model, self.params, self.state, self.sampling, self.stops, *bounds, draft_tokens=self.draft_tokens
+                *self.decoding, self.state, self.sampling, self.stops, *bounds, draft_tokens=self.draft_tokens
             )
         firsts, made, left = jax.device_get(([f for _, f in fresh], made, self.state.left))
         for (slots, _), first in zip(fresh, firsts):
@@ -226,7 +226,7 @@ def _empty(model: Decoder, B: int, S: int) -> tuple[Cache, Array]:
 def _vacant(model: Decoder, B: int, S: int, penalised: bool, guessed: bool) -> State:
     before, token, position, left = jnp.zeros((4, B), jnp.int32)
     seen = jnp.zeros((B, model.config.vocab), bool) if penalised else None
-    cache = init_cache(model.config, B, S, model.dtype)
+    cache = apart.split(init_cache(model.config, B, S, model.dtype), 1 if model.scan else model.config.layers)
     table = draft.empty(model.config.vocab) if guessed else None
     return State(cache, table, before, token, position, left, jnp.zeros((B, 2), jnp.uint32), seen)
 
@@ -266,14 +266,13 @@ def _enter(
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, 1)
     none = jnp.zeros_like(lengths)
-    joining = State(cache, None, none, newest[:, 0], lengths - 1, left, jax.random.key_data(keys), seen)
+    joining = State([cache], None, none, newest[:, 0], lengths - 1, left, jax.random.key_data(keys), seen)
     joining, first = _take(model, params, joining, last[:, None], newest, sampling, stops)
-    k, v = state.cache
     P = cache.v.shape[3]
-    entered = Cache(
-        k.at[:, slots, :, :, :P].set(cache.k, mode="drop"),
-        v.at[:, slots, :, :P].set(cache.v, mode="drop"),
-    )
+    entered = [
+        Cache(k.at[:, slots, :, :, :P].set(new.k, mode="drop"), v.at[:, slots, :, :P].set(new.v, mode="drop"))
+        for (k, v), new in zip(state.cache, apart.split(cache, len(state.cache)))
+    ]
     table = state.table
     if table is not None:
         whole = jnp.pad(tokens, ((0, 0), (0, 1))).at[jnp.arange(len(tokens)), lengths].set(first[:, 0])
@@ -318,11 +317,8 @@ def _decode(
     go on, and before a pass that the cache has no room for.
     """
     B, T = state.token.size, 1 + draft_tokens
-    S = state.cache.v.shape[3]
+    S = state.cache[0].v.shape[3]
     ones = jnp.ones((B, T), jnp.int32)
-    stacks = _layers(model, params)
-    if stacks:
-        model = model.clone(scan=False)
 
     def more(carry: tuple[Array, State, Array, Array]) -> Array:
         i, state, _, _ = carry
@@ -335,9 +331,10 @@ def _decode(
         if state.table is not None:
             tokens = draft.guess(state.table, state.before, state.token, draft_tokens)
         positions = state.position[:, None] + jnp.arange(T)
-        whole = params | {name: jax.tree.map(lambda *xs: jnp.stack(xs), *layers) for name, layers in stacks.items()}
-        hidden, cache = _forward(model, whole, tokens, ones, positions, state.cache, positions + 1)
-        after, new = _take(model, params, state._replace(cache=cache), hidden, tokens, sampling, stops)
+        arrays = tokens, ones, positions, apart.join(state.cache)
+        hidden, cache = _forward(model, apart.put_together(params), *arrays, positions + 1)
+        state = state._replace(cache=apart.split(cache, len(state.cache)))
+        after, new = _take(model, params, state, hidden, tokens, sampling, stops)
         taken = after.position - state.position
         if state.table is not None:
             said = jnp.concatenate([state.before[:, None], state.token[:, None], new], 1)
@@ -350,27 +347,17 @@ def _decode(
     return state, out
 
 
-def _layers(model: Decoder, params: Any) -> dict[str, list[Any]]:
-    """CPU: the layers of each stack as arrays of their own. A product there copies its layer out of the stack, at every token;
-    so they are copied once a chunk, before its loop, and the compiler sees through the stacks that the loop makes of them.
-    """
-    stacks = {name: params[name] for name in ("lower", "layers") if name in params}
-    size = sum(x.nbytes for x in jax.tree.leaves(stacks))
-    if jax.default_backend() != "cpu" or size > APART or sharding.mesh_in_use() is not None:
-        return {}
-    return {name: _unstack(stack) for name, stack in stacks.items()}
-
-
-def _unstack(stack: Any) -> list[Any]:
-    leaves, structure = jax.tree.flatten(stack)
-    return [jax.tree.unflatten(structure, layer) for layer in zip(*leaves)]
-
-
 @partial(jax.jit, static_argnames="length")
 def _resized(state: State, length: int) -> State:
-    k, v = state.cache.k[..., :length], state.cache.v[..., :length, :]
-    extra, same = (0, length - v.shape[3]), (0, 0)
-    return state._replace(cache=Cache(jnp.pad(k, (same, same, same, same, extra)), jnp.pad(v, (same, same, same, extra, same))))
+    def resized(x: Array, axis: int) -> Array:
+        more = length - x.shape[axis]
+        if more <= 0:
+            return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+        room = jnp.zeros((*x.shape[:axis], more, *x.shape[axis + 1 :]), x.dtype)
+        # or the compiler makes it a padding, which a CPU does element by element
+        return jnp.concatenate([x, jax.lax.optimization_barrier(room)], axis)
+
+    return state._replace(cache=[Cache(resized(k, 4), resized(v, 3)) for k, v in state.cache])
 
 
 def _seen(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> np.ndarray:

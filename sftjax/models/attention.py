@@ -100,7 +100,6 @@ def cached_attention(
     q: Array,
     k: Array,
     v: Array,
-    layer: Any,
     positions: Array,
     *,
     windows: tuple[int | None, ...] = (None,),
@@ -108,11 +107,10 @@ def cached_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Array:
-    """q [B, T, N, H] at positions [B, T] against one layer of a cache k [L, B, K, H, S], v [L, B, K, S, H].
+    """q [B, T, N, H] at positions [B, T] against one layer of a cache, k [B, K, H, S] and v [B, K, S, H].
 
     Slot s holds position s; what lies beyond a query's position is not seen.
     """
-    k, v = k[layer], v[layer]
     B, T, N, H = q.shape
     K, S = v.shape[1:3]
     G = N // K

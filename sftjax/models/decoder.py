@@ -40,20 +40,20 @@ REMAT = {
 class Cache(NamedTuple):
     """Keys [L, B, K, H, S] and values [L, B, K, S, H], as their products read them; slot s of a row holds its position s.
 
-    The layers hand on the whole cache and each writes its own slots: as an input and output of the scan, every
-    decoding step would copy all of it.
+    Scanned layers hand on the whole cache and each writes its own slots: as an input and output of the scan, every
+    decoding step would copy all of it. Unrolled ones take and give their own.
     """
 
     k: Array
     v: Array
 
     def write(self, layer: Any, positions: Array, k: Array, v: Array) -> Cache:
-        """With k and v [B, T, K, H] of one layer at positions [B, T]; what has no slot is dropped."""
+        """With k and v [B, T, K, H] at positions [B, T] of `layer`, (number,) or of its own cache (); without a slot: dropped."""
         B, _, K, _ = k.shape
         row, head, slot = jnp.arange(B)[:, None, None], jnp.arange(K), positions[:, :, None]
         return Cache(
-            self.k.at[layer, row, head, :, slot].set(k.astype(self.k.dtype), mode="drop"),
-            self.v.at[layer, row, head, slot].set(v.astype(self.v.dtype), mode="drop"),
+            self.k.at[*layer, row, head, :, slot].set(k.astype(self.k.dtype), mode="drop"),
+            self.v.at[*layer, row, head, slot].set(v.astype(self.v.dtype), mode="drop"),
         )
 
 
@@ -71,6 +71,7 @@ class PerLayer(NamedTuple):
     number: Array
     window: Array | None  # which of the distinct windows
     rope: Array | None  # which of the distinct rotary embeddings
+    cache: Cache | None  # of unrolled layers
 
 
 def distinct(each: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -122,8 +123,9 @@ class Attention(nn.Module):
         if cache is None:
             y = attention.attention(q, k, v, segments, **how)
         else:
-            cache = cache.write(per_layer.number, positions, k, v)
-            y = attention.cached_attention(q, *cache, per_layer.number, positions, **how)
+            layer = () if per_layer.cache else (per_layer.number,)
+            cache = cache.write(layer, positions, k, v)
+            y = attention.cached_attention(q, cache.k[layer], cache.v[layer], positions, **how)
         return Dense(c.width, c.o_bias, c.init_std, name="o")(y.reshape(B, T, -1)), cache
 
 
@@ -133,9 +135,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, carry: tuple[Array, Cache | None], per_layer: PerLayer, rotaries: Any, segments: Array, positions: Array
-    ) -> tuple[tuple[Array, Cache | None], Routed | None]:
+    ) -> tuple[tuple[Array, Cache | None], tuple[Routed | None, Cache | None]]:
         c = self.config
-        x, cache = carry
+        x, whole = carry
+        cache = per_layer.cache or whole
         x = checkpoint_name(x, "layer")
         rotary = rotaries[0] if per_layer.rope is None else jax.tree.map(lambda *each: jnp.stack(each)[per_layer.rope], *rotaries)
 
@@ -154,7 +157,8 @@ class Block(nn.Module):
         # Hugging Face calls two different norms post_attention_layernorm, and so two names here
         y = before("mlp_pre_norm" if c.post_norms else "mlp_norm", x)
         y, routed = Mixture(c, name="mlp")(y, segments) if c.experts else (MLP(c, name="mlp")(y), None)
-        return (add(x, "mlp_post_norm", y), cache), routed
+        x = add(x, "mlp_post_norm", y)
+        return ((x, whole), (routed, cache)) if per_layer.cache else ((x, cache), (routed, None))
 
 
 class Decoder(nn.Module):
@@ -187,17 +191,19 @@ class Decoder(nn.Module):
         along = sharding.along(x.shape[1]) if cache is None else None
         x = sharding.constrain(on_embed(x) if on_embed else x, sharding.BATCH, along, None)
         rotaries = [rope(positions, segments, c.head_dim, c.max_positions, r, lengths) for r in distinct(c.ropes) or (c.rope,)]
-        per_layer = PerLayer(jnp.arange(c.layers), which(c.windows), which(c.ropes))
+        whole, own = (cache, None) if self.scan else (None, cache)
+        per_layer = PerLayer(jnp.arange(c.layers), which(c.windows), which(c.ropes), own)
         stacks = {"lower": (0, self.lower), "layers": (self.lower, c.layers)}
-        carry, routed = (x, cache), list[Any]()
+        carry, made = (x, whole), list[Any]()
         for name, (start, end) in stacks.items():
             if start < end:
                 here = jax.tree.map(lambda x, start=start, end=end: x[start:end], per_layer)
                 carry, of_stack = self.stack(end - start, name)(carry, here, rotaries, segments, positions)
-                routed.append(of_stack)
-        x, cache = carry
+                made.append(of_stack)
+        x, whole = carry
         x = RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
-        return scaled(x, c.logit_scale), cache, jax.tree.map(lambda *each: jnp.concatenate(each), *routed)
+        routed, own = jax.tree.map(lambda *each: jnp.concatenate(each), *made)
+        return scaled(x, c.logit_scale), whole or own, routed
 
     def stack(self, length: int, name: str) -> nn.Module:
         """`length` blocks as one scanned body."""
