@@ -158,17 +158,21 @@ def own_rows(mesh: Mesh, rows: int) -> list[int]:
     return [row for part in own_shards(mesh) for row in range(part * each, (part + 1) * each)]
 
 
-def place_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global [B, T] array of which `x` holds this process's rows, in the order of `own_rows`."""
+def to_devices(batch: T, mesh: Mesh) -> T:
+    """The global batch [B, T] of which these arrays hold this process's rows, in the order of `own_rows`."""
     own = own_shards(mesh)
-    each = len(x) // len(own)
-    shape = (each * sharding.batch_shards(mesh), *x.shape[1:])
 
-    def part(index: Any) -> np.ndarray:
-        at = own.index(index[0].indices(shape[0])[0] // each) * each
-        return x[at : at + each][:, *index[1:]]
+    def place(x: np.ndarray) -> jax.Array:
+        each = len(x) // len(own)
+        shape = (each * sharding.batch_shards(mesh), *x.shape[1:])
 
-    return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh), part)
+        def part(index: Any) -> np.ndarray:
+            at = own.index(index[0].indices(shape[0])[0] // each) * each
+            return x[at : at + each][:, *index[1:]]
+
+        return jax.make_array_from_callback(shape, sharding.batch_sharding(mesh), part)
+
+    return jax.tree.map(place, batch)
 
 
 def refuse_idle(mesh: Mesh) -> None:

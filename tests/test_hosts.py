@@ -186,7 +186,7 @@ def test_rows_go_where_they_would_go_from_one_process(axes):
     mesh = sharding.make_mesh(**axes)
     rows = np.arange(16).reshape(8, 2)
     assert hosts.own_rows(mesh, 8) == list(range(8))
-    placed = hosts.place_rows(rows, mesh)
+    placed = hosts.to_devices(rows, mesh)
     assert np.array_equal(placed, rows) and placed.sharding == sharding.batch_sharding(mesh)
 
 

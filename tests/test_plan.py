@@ -8,9 +8,11 @@ import golden_plan
 import jax
 import jax.numpy as jnp
 import pytest
+from toy import write_rows
 
 from sftjax import cli, tree
 from sftjax.config import UserError
+from sftjax.data import pipeline
 from sftjax.models.decoder import REMAT
 from sftjax.plan import exact, flops, memory, report, speed
 from sftjax.plan.chips import CHIPS, parse
@@ -142,6 +144,14 @@ def test_counted_flops_are_the_formulas(method, tmp_path):
 # shapes
 
 
+def labelled(changes, folder):
+    """Rows for a classifier's head."""
+    if changes.get("task") != "classify":
+        return {}
+    rows = [{"text": str(n), "label": ("odd", "even")[n % 2]} for n in range(40)]
+    return {"data.format": "label", "data.template": None, "data.train": (str(write_rows(folder / "rows.jsonl", rows)),)}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -150,15 +160,18 @@ def test_counted_flops_are_the_formulas(method, tmp_path):
         {"method": "full", "optim.name": "muon"},
         {"method": "freeze", "freeze.last_n_layers": 1},
         {"method": "adapter"},
+        {"task": "reward", "model.quantize": "nf4"},
+        {"task": "classify", "classify.by": "head", "method": "full"},
     ],
 )
-def test_the_planned_arrays_are_the_runs(toy, changes, tmp_path):
+def test_the_planned_arrays_are_the_runs(toy, changes, tmp_path, monkeypatch):
     from sftjax.tasks.job import Job
     from sftjax.train import optim
     from sftjax.train.step import init_state
     from sftjax.weights.lora import rates
 
-    c = toy.config(**{"mesh.data": 1, "data.template": "chatml"} | changes)
+    monkeypatch.setitem(pipeline.WANTS, "reward", "answers")  # the toy's rows do: no array depends on them
+    c = toy.config(**{"mesh.data": 1, "data.template": "chatml"} | changes | labelled(changes, tmp_path))
     job, dry = Job(c, tmp_path / "run"), open_dry(c, platform="cpu")
     optimizer = optim.optimizer(c.optim, optim.schedule(c.optim, 10), rates(job.trainable, c.lora.lr_ratio))
 
@@ -179,13 +192,14 @@ def test_the_planned_arrays_are_the_runs(toy, changes, tmp_path):
         {"task": "dpo", "dpo.sft_weight": 0.5},
         {"task": "dpo", "dpo.loss": "orpo"},
         {"task": "kto"},
+        {"task": "reward", "reward.centring": 0.1},
+        {"task": "classify", "classify.by": "head", "loss.label_smoothing": 0.1},
     ],
-    ids=["sft", "pretrain", "dpo", "orpo", "kto"],
+    ids=["sft", "pretrain", "dpo", "orpo", "kto", "reward", "head"],
 )
 def test_the_planned_loss_is_the_tasks(toy, changes, tmp_path, monkeypatch):
     """What a task hands to `Job.fit` computes the same, equation by equation."""
     from sftjax import tasks
-    from sftjax.data import pipeline
     from sftjax.tasks.job import Job
 
     class Fitted(Exception):
@@ -195,9 +209,10 @@ def test_the_planned_loss_is_the_tasks(toy, changes, tmp_path, monkeypatch):
         raise Fitted(job, loss)
 
     monkeypatch.setattr(Job, "fit", fit)
-    monkeypatch.setitem(pipeline.WANTS, changes.get("task", "sft"), "answers")  # the toy's rows do for a loss that is not run
+    if changes.get("task") != "classify":
+        monkeypatch.setitem(pipeline.WANTS, changes.get("task", "sft"), "answers")  # the toy's rows do for a loss that is not run
     template = None if changes.get("task") == "pretrain" else "chatml"
-    c = toy.config(**{"mesh.data": 1, "data.template": template, "eval.generate": 0} | changes)
+    c = toy.config(**{"mesh.data": 1, "data.template": template, "eval.generate": 0} | changes | labelled(changes, tmp_path))
     with pytest.raises(Fitted) as e:
         tasks.train(c, tmp_path / "run")
     job, loss = e.value.args
@@ -243,7 +258,7 @@ def test_the_estimate_is_within_15_percent_of_the_compiler(case, tmp_path):
     assert estimator(case, tmp_path).at().peak == pytest.approx(GOLDEN[case]["peak"], rel=report.WITHIN)
 
 
-@pytest.mark.parametrize("case", ["gate_sft", "gate_qlora", "gate_dpo"])
+@pytest.mark.parametrize("case", ["gate_sft", "gate_qlora", "gate_dpo", "gate_reward"])
 def test_what_the_step_is_given_is_exact(case, tmp_path):
     """But for the batch and a TPU's padding of small arrays."""
     on = estimator(case, tmp_path)

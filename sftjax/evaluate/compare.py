@@ -9,16 +9,12 @@ OUT/compare.html       the same for reading, with the rows on which they differ
 from __future__ import annotations
 
 import json
-import secrets
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from sftjax.check import refuse_metrics
 from sftjax.config import UserError
@@ -27,38 +23,16 @@ from sftjax.data.example import RowError
 from sftjax.data.formats import Rejected
 from sftjax.evaluate.answered import Row, are_labels, read_rows
 from sftjax.evaluate.contenders import Contender, Local, Options, Remote, check_asks, parse
-from sftjax.evaluate.endpoint import Reply
+from sftjax.evaluate.judge import Asked, judge
 from sftjax.evaluate.kept import Kept, key, open_out
-from sftjax.evaluate.metrics import METRICS, all_sums, fitting, row_scores
+from sftjax.evaluate.metrics import fitting, row_scores
 from sftjax.evaluate.prompts import Ask, Variant, ask, read_variants
-from sftjax.evaluate.table import line as in_line
-from sftjax.evaluate.table import told
-from sftjax.evaluate.verdict import Cell, figures, rivals, verdict
+from sftjax.evaluate.shown import many, page, show_all
 from sftjax.generate.answer import refuse
 from sftjax.generate.sampling import choose
 from sftjax.train.run import full_disk, replace
 
 AS_GIVEN = "as given"  # the prompt where no file of prompts is
-IN_PAGE = 100  # rows that compare.html shows
-SHOWN = 4000  # characters of a text there
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One model with one prompt, over all rows."""
-
-    contender: Contender
-    variant: Variant
-    asks: Sequence[Ask]
-    replies: Sequence[Reply]
-
-    @property
-    def answers(self) -> list[str]:
-        return [reply.text for reply in self.replies]
-
-    @property
-    def expected(self) -> list[str]:
-        return [ask.expected for ask in self.asks]
 
 
 def run_compare(
@@ -152,10 +126,6 @@ def check_kinds(contenders: Sequence[Contender], of_local: Mapping[str, Any], of
                 raise UserError(f"{name}={value}: is for {kind}, of which there are none")
 
 
-def many(n: int, what: str) -> str:
-    return f"{n:,} {what}" + ("s" if n != 1 else "")
-
-
 def ask_all(variant: Variant, rows: Sequence[Row]) -> list[Ask]:
     """Every row through one prompt. Raises UserError with those that cannot be asked so."""
     asks, rejected = [], []
@@ -226,86 +196,6 @@ def collect(model: Local | Remote, asks: Mapping[str, Sequence[Ask]], kept: Kept
             progress.advance(task)
 
 
-# What came of it
-
-
-def judge(
-    asked: Sequence[Asked], rows: Sequence[Row], metrics: Sequence[str], prices: Mapping[str, tuple[float, float]]
-) -> tuple[dict[str, Any], list[dict[str, list[float]]]]:
-    """compare.json's figures, and every cell's scores by row."""
-    deciding = metrics[0]
-    by_row = [name for name in metrics if name in METRICS] or ["exact_match"]
-    of_all = figures([all_sums(metrics, a.answers, a.expected) for a in asked])
-    cells = [Cell(a.contender.name, a.variant.name, of) for a, of in zip(asked, of_all)]
-    scores = [row_scores(by_row, a.answers, a.expected) for a in asked]
-    pair = rivals(cells, deciding)
-    at = [cells.index(cell) for cell in pair] if pair else []
-    differ = disagreements([of[by_row[0]] for of in scores], at)
-    result: dict[str, Any] = {
-        "rows": len(rows),
-        "metrics": list(metrics),
-        "cells": [
-            {"model": cell.model, "prompt": cell.prompt, "metrics": {name: f.plain() for name, f in cell.figures.items()}}
-            | costs(a.replies, prices.get(cell.model))
-            for cell, a in zip(cells, asked)
-        ],
-        "differences": [
-            {
-                "better": [a.model, a.prompt],
-                "than": [b.model, b.prompt],
-                **((a.figures[deciding] - b.figures[deciding]).plain() or {}),
-            }
-            for a, b in ordered(cells, deciding)
-        ],
-        "verdict": verdict(cells, deciding, len(rows)),
-        "disagreements": {"by": by_row[0], "rivals": at, "rows": differ},
-    }
-    return result, scores
-
-
-def ordered(cells: Sequence[Cell], metric: str) -> Iterator[tuple[Cell, Cell]]:
-    """Every two cells, the better one first."""
-    ranked = sorted(cells, key=lambda cell: -cell.figures[metric].value)
-    for i, a in enumerate(ranked):
-        for b in ranked[i + 1 :]:
-            yield a, b
-
-
-def costs(replies: Sequence[Reply], price: tuple[float, float] | None) -> dict[str, Any]:
-    """Of one cell: tokens and seconds, dollars where there is a price; None where a server does not say."""
-    n = len(replies)
-    answered = [r for r in replies if r.refused is None]
-
-    def sized(values: list[Any]) -> dict[str, float] | None:
-        if any(v is None for v in values) or not values:
-            return None
-        return {"mean": sum(values) / len(values), "total": sum(values)}
-
-    prompt, answer = sized([r.prompt_tokens for r in answered]), sized([r.answer_tokens for r in answered])
-    paid = None if price is None or prompt is None or answer is None else prompt["total"] * price[0] + answer["total"] * price[1]
-    return {
-        "stop_rate": sum(r.stopped for r in replies) / n,
-        "empty": sum(not r.text.strip() for r in replies) / n,
-        "unanswered": n - len(answered),
-        "why": next((r.refused for r in replies if r.refused), None),
-        "prompt_tokens": prompt,
-        "answer_tokens": answer,
-        "seconds": sized([r.seconds for r in answered]),
-        "dollars": None if paid is None else paid / 1e6,
-    }
-
-
-def disagreements(scores: Sequence[Sequence[float]], rivals: Sequence[int]) -> list[int]:
-    """The rows on which the cells' scores differ, those first on which the two rivals differ most."""
-
-    def apart(i: int) -> tuple[float, float]:
-        of = [cell[i] for cell in scores]
-        return (abs(of[rivals[0]] - of[rivals[1]]) if rivals else 0.0, max(of) - min(of))
-
-    differing = [i for i in range(len(scores[0])) if apart(i)[1] > 0]
-    return sorted(differing, key=lambda i: [-d for d in apart(i)])
-
-
 def predictions(asked: Sequence[Asked], rows: Sequence[Row], scores: Sequence[Mapping[str, list[float]]]) -> Iterator[bytes]:
     for i, row in enumerate(rows):
         for a, of in zip(asked, scores):
@@ -317,115 +207,3 @@ def predictions(asked: Sequence[Asked], rows: Sequence[Row], scores: Sequence[Ma
             line |= {"refused": reply.refused} if reply.refused else {}
             line |= {name: values[i] for name, values in of.items()}
             yield json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n"
-
-
-# The terminal
-
-
-def mean_of(cost: Mapping[str, float] | None, digits: int = 0) -> str:
-    return "-" if cost is None else f"{cost['mean']:,.{digits}f}"
-
-
-def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of what is shown: the deciding metric as models x prompts, then every cell with its costs."""
-    cells, metrics = result["cells"], result["metrics"]
-    models, prompts = (list(dict.fromkeys(cell[which] for cell in cells)) for which in ("model", "prompt"))
-    found = {(cell["model"], cell["prompt"]): cell for cell in cells}
-    grid = [[model, *(told(metrics[0], found[model, prompt]["metrics"][metrics[0]]) for prompt in prompts)] for model in models]
-    title = f"{metrics[0]}, in points of 100 with 95% intervals, over {many(result['rows'], 'row')}"
-    refused, paid = any(cell["unanswered"] for cell in cells), any(cell["dollars"] is not None for cell in cells)
-    head = ["model", "prompt", *metrics[1:], "stopped", "empty", *(["no answer"] if refused else [])]
-    head += ["prompt tokens", "answer tokens", "tokens in all", "s a row", *(["dollars"] if paid else [])]
-    lines = []
-    for cell in cells:
-        line = [cell["model"], cell["prompt"], *(told(name, cell["metrics"][name]) for name in metrics[1:])]
-        line += [f"{cell['stop_rate']:.0%}", f"{cell['empty']:.0%}", *([str(cell["unanswered"])] if refused else [])]
-        both = [cell["prompt_tokens"], cell["answer_tokens"]]
-        whole = "-" if None in both else f"{sum(cost['total'] for cost in both):,.0f}"
-        line += [mean_of(both[0]), mean_of(both[1]), whole, mean_of(cell["seconds"], 3)]
-        line += ["-" if cell["dollars"] is None else f"{cell['dollars']:.4f}"] if paid else []
-        lines.append(line)
-    return [(title, ["model", *prompts], grid), ("every model and prompt; tokens and seconds are means", head, lines)]
-
-
-def show_all(result: Mapping[str, Any], asked: Sequence[Asked], rows: Sequence[Row], most: int) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
-    for title, head, lines in tables(result):
-        console.print(f"\n{title}")
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for i, name in enumerate(head):
-            table.add_column(Text(in_line(name, 40)), justify="left" if name in ("model", "prompt") and i < 2 else "right")
-        for line in lines:
-            table.add_row(*(Text(in_line(text, 40)) for text in line))
-        console.print(table)
-    if any(cell["why"] for cell in result["cells"]):
-        console.print()
-    for cell in result["cells"]:
-        if cell["why"]:
-            what = f"{many(cell['unanswered'], 'row')} without an answer, which counts as a wrong one; the first: {cell['why']}"
-            console.print(in_line(f"{cell['model']} with {cell['prompt']}: {what}", None), soft_wrap=True)
-    differ = result["disagreements"]["rows"]
-    if most > 0:
-        some = f"{len(differ):,} of {many(len(rows), 'row')} {'is' if len(differ) == 1 else 'are'} scored differently by some"
-        console.print(f"\n{some if differ else 'No row is scored differently by any'}; the first:")
-    for i in (differ or range(len(rows)))[:most]:
-        console.print(f"\n{in_line(rows[i].where, None)}  {in_line(question(asked[0].asks[i]))}", soft_wrap=True)
-        names = [in_line(f"{a.contender.name}, {a.variant.name}", 40) for a in asked]
-        width = max(map(len, [*names, "expected"]))
-        console.print(f"  {'expected':{width}}  {in_line(rows[i].answer)}", soft_wrap=True)
-        for name, a in zip(names, asked):
-            own = f"  (expected: {in_line(a.expected[i])})" if a.expected[i] != rows[i].answer else ""
-            console.print(f"  {name:{width}}  {in_line(a.answers[i])}{own}", soft_wrap=True)
-    console.print()
-    for sentence in result["verdict"]:
-        console.print(in_line(sentence, None), soft_wrap=True)
-
-
-def question(ask: Ask) -> str:
-    """What the row asks, without what every row is told."""
-    return ask.text if ask.text is not None else str(ask.messages[-1].content)
-
-
-# The page
-
-
-def page(
-    result: Mapping[str, Any], asked: Sequence[Asked], rows: Sequence[Row], scores: Sequence[Mapping[str, list[float]]]
-) -> str:
-    """compare.html. What models and rows say is anyone's text: the template escapes it, and the page runs no script."""
-    import jinja2
-
-    env = jinja2.Environment(
-        loader=jinja2.PackageLoader("sftjax.evaluate", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    by = result["disagreements"]["by"]
-
-    def cut(text: str) -> str:
-        return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
-
-    shown = [
-        {
-            "where": rows[i].where,
-            "question": cut(question(asked[0].asks[i])),
-            "expected": cut(rows[i].answer),
-            "answers": [
-                {
-                    "who": f"{a.contender.name}, {a.variant.name}",
-                    "text": cut(a.answers[i]),
-                    "expected": cut(a.expected[i]) if a.expected[i] != rows[i].answer else None,
-                    "score": of[by][i],
-                    "why": a.replies[i].refused or ("" if a.replies[i].stopped else "cut off"),
-                }
-                for a, of in zip(asked, scores)
-            ],
-        }
-        for i in (result["disagreements"]["rows"] or range(len(rows)))[:IN_PAGE]
-    ]
-    of_prompts = [(v["name"], {k: x for k, x in v.items() if k != "name" and x}) for v in result["prompts"]]
-    return env.get_template("compare.html.jinja").render(
-        result=result, tables=tables(result), shown=shown, by=by, prompts=of_prompts, nonce=secrets.token_hex(16)
-    )

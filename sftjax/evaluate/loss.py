@@ -13,12 +13,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from sftjax import hosts
 from sftjax.data.batch import Batch
 from sftjax.data.rows import Rows
 from sftjax.data.stream import eval_batches
 from sftjax.evaluate.metrics import Sums, ratio
 from sftjax.losses.tokens import Forward, logprobs, shift
-from sftjax.train.loop import to_devices
 
 
 def row_losses(forward: Forward, params: Any, rows: Rows, *, batch_size: int, max_length: int, mesh: Mesh) -> Sums:
@@ -28,7 +28,7 @@ def row_losses(forward: Forward, params: Any, rows: Rows, *, batch_size: int, ma
     out = np.zeros((2, len(rows)))
     at = 0
     for batch in eval_batches(rows, batch_size, max_length):
-        losses, weights = jax.device_get(counted(params, to_devices(batch, mesh)))
+        losses, weights = jax.device_get(counted(params, hosts.to_devices(batch, mesh)))
         for b in range(min(batch_size, len(bins) - at)):
             for n, (row, _, _) in enumerate(bins[at + b]):
                 mine = (batch.segments[b] > n * rows.slots) & (batch.segments[b] <= (n + 1) * rows.slots)

@@ -106,10 +106,10 @@ class Estimator:
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
         self.offloaded = total(state.opt_state, host=True)
         self.wide = wide_kernel(job, self.sizes)
-        head = "head" if "head" in job.params else "embed"
+        head = next((name for name in ("score", "head") if name in job.params), "embed")
         self.head_trains = bool(jax.tree.leaves(state.trainable.get(head)))
         # a tied head's gradient and the embedding's are two until they are summed
-        self.tied = total(state.trainable["embed"]) if job.source_config.tied else 0.0
+        self.tied = total(state.trainable["embed"]) if job.decoder.config.tied else 0.0
 
     @property
     def shards(self) -> int:
@@ -136,12 +136,12 @@ class Estimator:
         accumulate = job.micro_batches > 1 if accumulate is None else accumulate
         tokens, tensor = self.tokens(rows), self.sizes["tensor"]
         keeps, whole = self.kept(remat).bytes(tokens, tensor), self.kept("none").bytes(tokens, tensor)
-        width = jnp.dtype(job.decoder.dtype).itemsize
+        width, outputs = jnp.dtype(job.decoder.dtype).itemsize, len(c.labels) or c.vocab
         hidden = 3 * tokens * c.width * width  # after the last layer: itself, normed, its gradient
         layer = ALIVE * max(whole - keeps, 0) / (c.layers - job.decoder.lower) + 2 * tokens * c.width * width + self.wide
         with compiling_for(job.platform):
-            block = max(block_size(self.head_trains), rows * c.vocab / tensor)  # a token of each row at least
-        logits = LOGITS * min(block, tokens * c.vocab / tensor)
+            block = max(block_size(self.head_trains), rows * outputs / tensor)  # a token of each row at least
+        logits = LOGITS * min(block, tokens * outputs / tensor)
         parts = {**self.parameters, "optimiser": self.optimiser}
         parts["gradients"] = self.trained * (2 if accumulate else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps

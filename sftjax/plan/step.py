@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +30,12 @@ from sftjax.hf.peft_read import load_adapter, saved_modules
 from sftjax.losses import Loss, dpo, kto, masked_xent, neftune
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, forward, init
+from sftjax.models.heads import scored
+from sftjax.tasks import classify as classify_task
 from sftjax.tasks import dpo as dpo_task
 from sftjax.tasks import kto as kto_task
+from sftjax.tasks import reward as reward_task
+from sftjax.tasks.base import REWARD, check_head
 from sftjax.tasks.reference import precomputed, reference
 from sftjax.train import optim
 from sftjax.train.step import State, init_state, make_step
@@ -39,6 +43,7 @@ from sftjax.weights import method
 from sftjax.weights.lora import rates
 
 STEPS = 1000  # of the schedule: they change no shape
+ANSWERS = 4  # of a ranking, whose rewards are next to nothing beside the rest
 
 
 @dataclass
@@ -58,12 +63,15 @@ class Dry:
         modules = saved_modules(adapter) if adapter else c.lora.modules_to_save
         # what a reference and the checks of a job ask of it
         self.base: Any = SimpleNamespace(modules=modules, source_config=self.source_config, directory=self.directory)
-        self.params, self.mask = weights(c, self.source_config, self.dtype, adapter, modules)
+        labels = head_labels(c, self.source_config)
+        check_head(self.directory, self.source_config.labels, labels, c.task)
+        self.params, self.mask = weights(c, self.source_config, self.dtype, adapter, modules, labels)
         self.trainable, self.frozen = tree.split(self.params, self.mask)
         lower = self.source_config.layers - c.freeze.last_n_layers if c.freeze.last_n_layers else 0
         with compiling_for(self.platform):
             dtype = compute_dtype(c.model.dtype)
-        self.decoder = Decoder(self.source_config, dtype, c.model.scan, c.model.remat, lower)
+        trained = replace(self.source_config, labels=labels, tied=False) if labels else self.source_config
+        self.decoder = Decoder(trained, dtype, c.model.scan, c.model.remat, lower)
         self.loss = LOSSES[c.task](self)
         rate = optim.schedule(c.optim, STEPS)
         self.optimizer = optim.optimizer(c.optim, rate, rates(self.trainable, c.lora.lr_ratio))
@@ -105,11 +113,6 @@ def open_dry(config: ConfigDict, length: int | None = None, platform: str = "tpu
             f"--config.task={config.task}: answers that a policy makes while it trains are not planned yet; "
             "--config.task=dpo with the same model, rows of data.max_length and a reference is nearest to its updates"
         )
-    if config.task not in LOSSES or (config.task == "classify" and config.classify.by == "head"):
-        raise UserError(
-            f"--config.task={config.task}: a model with a score head is not planned yet; "
-            "--config.task=sft with the same rows takes a little more, for its logits"
-        )
     directory = resolve(config.model.path, config.model.revision)
     return Dry(config, load_config(directory), checkpoint_dtype(directory), length or config.data.max_length, platform, directory)
 
@@ -123,7 +126,16 @@ def checkpoint_dtype(directory: Path) -> Any:
     return jnp.dtype(name)
 
 
-def weights(c: ConfigDict, shape: DecoderConfig, dtype: Any, adapter: Path | None = None, modules: Any = ()) -> tuple[Any, Any]:
+def head_labels(c: ConfigDict, checkpoint: DecoderConfig) -> tuple[str, ...]:
+    """Of the score head that the task trains; () where it has none. A classifier's are its rows' own: two stand for them."""
+    if c.task == "reward":
+        return checkpoint.labels or REWARD
+    return checkpoint.labels or ("a", "b") if c.task == "classify" and c.classify.by == "head" else ()
+
+
+def weights(
+    c: ConfigDict, shape: DecoderConfig, dtype: Any, adapter: Path | None, modules: Any, labels: tuple[str, ...]
+) -> tuple[Any, Any]:
     """(params, mask) as a run has them, of shapes: the checkpoint with the method applied, what trains in float32."""
     ids = tuple(range(len(parts(c.tokens.train))))  # which tokens they are changes no shape
 
@@ -134,6 +146,8 @@ def weights(c: ConfigDict, shape: DecoderConfig, dtype: Any, adapter: Path | Non
 
     def build() -> Any:
         loaded = tree.map_leaves(lambda path, w: quantisers[path](w) if path in quantisers else w, checkpoint())
+        if labels and not shape.labels:
+            loaded, _ = scored(loaded, shape, labels)
         return method.apply(load_adapter(loaded, adapter) if adapter else loaded, c, modules, ids)
 
     params = jax.eval_shape(build)
@@ -163,13 +177,18 @@ def _reference(job: Dry) -> Callable[[Any], Any] | str:
     return out[0]
 
 
+def _label(job: Dry) -> Loss:
+    return classify_task.loss_of(job.config.loss, job.forward)
+
+
 LOSSES: dict[str, Callable[[Dry], Loss]] = {
     "sft": _tokens,
-    "classify": _tokens,
+    "classify": lambda job: _label(job) if job.config.classify.by == "head" else _tokens(job),
     "pretrain": _tokens,
     "dpo": lambda job: dpo(
         job.forward, reference=_reference(job) if dpo_task.refers(job.config) else None, **dpo_task.options(job.config)
     ),
+    "reward": lambda job: reward_task.loss_of(job.config.reward, job.forward, ANSWERS),
     "kto": lambda job: kto(job.forward, reference=_reference(job), **kto_task.options(job.config)),
 }
 

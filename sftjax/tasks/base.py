@@ -63,16 +63,7 @@ class Base:
         """What the numbers of the score head mean that the task trains; () where it has none. Raises UserError."""
         has, task = self.source_config.labels, self.config.task
         wants = self.chat.labels if isinstance(self.chat, Classes) else (has or REWARD) if task == "reward" else ()
-        if has and not wants:
-            raise UserError(
-                f"{self.directory}: ends with a score head of {count_of(has)}, and --config.task={task} trains one over the "
-                "vocabulary; use a language model, or --config.task=reward or --config.classify.by=head"
-            )
-        if has and (len(has) != len(wants) or (task == "reward" and len(has) > 1)):
-            raise UserError(
-                f"{self.directory}: its score head has {count_of(has)}, the task needs "
-                f"{count_of(REWARD if task == 'reward' else wants)}; start from the language model it was made of"
-            )
+        check_head(self.directory, has, wants, task)
         return wants
 
     def headed(self, params: Any) -> tuple[Any, DecoderConfig]:
@@ -130,6 +121,20 @@ class Base:
         lower = decoder_config.layers - c.freeze.last_n_layers if c.freeze.last_n_layers else 0
         decoder = Decoder(decoder_config, compute_dtype(c.model.dtype), c.model.scan, c.model.remat, lower)
         return decoder, params, mask
+
+
+def check_head(directory: Path, has: Sequence[str], wants: Sequence[str], task: str) -> None:
+    """Raises UserError where a checkpoint ends with a score head that is not the one that the task trains."""
+    if has and not wants:
+        raise UserError(
+            f"{directory}: ends with a score head of {count_of(has)}, and --config.task={task} trains one over the "
+            "vocabulary; use a language model, or --config.task=reward or --config.classify.by=head"
+        )
+    if has and (len(has) != len(wants) or (task == "reward" and len(has) > 1)):
+        raise UserError(
+            f"{directory}: its score head has {count_of(has)}, the task needs "
+            f"{count_of(REWARD if task == 'reward' else wants)}; start from the language model it was made of"
+        )
 
 
 def named(labels: Sequence[str]) -> Sequence[str]:

@@ -20,13 +20,13 @@ from sftjax.config import UserError
 from sftjax.data.formats import LABELS, in_order
 from sftjax.data.rows import Rows
 from sftjax.evaluate import classes
-from sftjax.losses import neftune
+from sftjax.losses import Loss, neftune
 from sftjax.losses.classify import classify as cross_entropy
 from sftjax.losses.classify import predicted
+from sftjax.losses.tokens import Forward
 from sftjax.tasks import sft
 from sftjax.tasks.answers import Answers
 from sftjax.tasks.job import Job
-from sftjax.train.loop import to_devices
 
 
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -44,11 +44,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         job.say("the labels are uneven: --config.classify.class_weights=balanced makes the rare ones count more")
     had_head = bool(job.base.source_config.labels or job.base.adapter)
     before = confusion(job, tree.join(job.trainable, job.frozen), job.splits.eval) if had_head else None
-    noisy = neftune(job.forward, alpha=config.loss.neftune_alpha) if config.loss.neftune_alpha else job.forward
-    params, tally = job.fit(
-        loss=cross_entropy(noisy, class_weights=weights, label_smoothing=config.loss.label_smoothing),
-        eval_loss=cross_entropy(job.forward),
-    )
+    params, tally = job.fit(loss=loss_of(config.loss, job.forward, weights), eval_loss=cross_entropy(job.forward))
     found = classes.scores(confusion(job, params, job.splits.eval), labels)
     test = classes.scores(confusion(job, params, job.splits.test), labels)
     if found:
@@ -63,6 +59,12 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         balance = {"labels": list(labels), "counts": counts, "weights": weights}
         extra |= {name: found.pop(name) for name in ("accuracy", "macro_f1")} | {"classes": balance | found}
     return job.finish(tally, extra=extra, samples=[])
+
+
+def loss_of(c: ConfigDict, forward: Forward, weights: Sequence[float] = ()) -> Loss:
+    """A head's, by config.loss."""
+    noisy = neftune(forward, alpha=c.neftune_alpha) if c.neftune_alpha else forward
+    return cross_entropy(noisy, class_weights=weights, label_smoothing=c.label_smoothing)
 
 
 def by_label(job: Job) -> dict[str, Any]:
@@ -120,6 +122,6 @@ def confusion(job: Job, params: Any, rows: Rows) -> np.ndarray:
     C = len(job.base.labels)
     count = jax.jit(predicted(job.forward))
     with jax.set_mesh(job.mesh):
-        batches = [to_devices(batch, job.mesh) for batch in job.held_out(rows)]
+        batches = [hosts.to_devices(batch, job.mesh) for batch in job.held_out(rows)]
         found = hosts.fetch([count(params, batch) for batch in batches])
     return np.sum(found, axis=0) if found else np.zeros((C, C), np.int64)

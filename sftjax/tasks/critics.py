@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sftjax import sharding, tree
+from sftjax import hosts, sharding, tree
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.data.pack import assemble
@@ -37,7 +37,6 @@ from sftjax.models.heads import scored, segment_scores
 from sftjax.tasks.job import Job
 from sftjax.tasks.rewards import Answered
 from sftjax.tasks.rollouts import BESIDE
-from sftjax.train.loop import to_devices
 from sftjax.train.manifest import hash_weights
 from sftjax.weights import kinds, method, select
 from sftjax.weights.lora import merge, without
@@ -96,7 +95,7 @@ class Judge:
         for at in range(0, len(answers), self.rows):
             rows = [[(np.array(ids, np.int32), np.zeros(len(ids), np.float32), 1)] for ids in sequences[at : at + self.rows]]
             batch = assemble(rows + [[]] * (self.rows - len(rows)), self.length)
-            found += jax.device_get(self.score(self.params, to_devices(batch, self.job.mesh)))[: len(rows)].tolist()
+            found += jax.device_get(self.score(self.params, hosts.to_devices(batch, self.job.mesh)))[: len(rows)].tolist()
         return found
 
 

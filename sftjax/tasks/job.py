@@ -34,6 +34,7 @@ from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
 from sftjax.train import loop
+from sftjax.train.evaluation import evaluator
 from sftjax.train.manifest import difference, length_histogram, manifest, show
 from sftjax.train.meter import Tally
 from sftjax.train.progress import Progress, mfu, model_flops_per_token, say
@@ -84,7 +85,7 @@ class Job:
 
     def fit(self, loss: Loss, eval_loss: Loss, answer: Answerer | None = None) -> tuple[Any, Tally]:
         """Trains by this loss, and is measured by that one on held-out rows. Returns (params, tally), as `iterate` does."""
-        c, means = self.config, loop.evaluator(eval_loss, self.frozen, self.mesh)
+        c, means = self.config, evaluator(eval_loss, self.frozen, self.mesh)
 
         def learn(optimizer: optax.GradientTransformation) -> Step:
             micro_batches = c.train.batch_size // (c.train.micro_batch or c.train.batch_size)

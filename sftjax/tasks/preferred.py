@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sftjax import hosts
 from sftjax.data.batch import Referred
 from sftjax.data.rows import Rows
 from sftjax.data.stream import eval_batches
@@ -23,7 +24,6 @@ from sftjax.losses.dpo import each_answer, each_pair
 from sftjax.losses.tokens import Forward
 from sftjax.tasks import dpo, kto
 from sftjax.tasks.job import eval_rows
-from sftjax.train.loop import to_devices
 
 TASKS = ("dpo", "kto")
 Found = dict[str, np.ndarray]  # of each row
@@ -54,7 +54,7 @@ def by_row(forward: Forward, params: Any, reference: Any, rows: Rows, config: Co
     out: Found = {}
     at, size = 0, eval_rows(config)
     for batch in eval_batches(rows, size, config.data.max_length):
-        found = jax.device_get(run(params, reference, to_devices(batch, mesh)))
+        found = jax.device_get(run(params, reference, hosts.to_devices(batch, mesh)))
         for b, bin in enumerate(range(at, min(at + size, len(bins)))):
             for n, (row, _, _) in enumerate(bins[bin]):
                 for name, values in found.items():

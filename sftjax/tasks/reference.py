@@ -21,13 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sftjax import tree
+from sftjax import hosts, tree
 from sftjax.data import cache
 from sftjax.data.rows import Rows
 from sftjax.data.stream import eval_batches
 from sftjax.losses import token_logps
 from sftjax.tasks.job import Job, eval_rows
-from sftjax.train.loop import to_devices
 from sftjax.train.manifest import FREE, PLACES, leaves
 from sftjax.train.run import clean
 from sftjax.weights import kinds
@@ -96,7 +95,7 @@ def column(job: Job, logps: Callable[..., jax.Array], params: Any, rows: Rows) -
     bins = rows.plan(seed=0, epoch=0, max_length=most, packing=True)
     with jax.set_mesh(job.mesh):
         for batch in eval_batches(rows, size, most):
-            found = jax.device_get(logps(params, to_devices(batch, job.mesh)))
+            found = jax.device_get(logps(params, hosts.to_devices(batch, job.mesh)))
             for line, bin in zip(found, range(at, min(at + size, len(bins)))):
                 for row, _, stop in bins[bin]:
                     begin = rows.begins[row]

@@ -20,19 +20,15 @@ from sftjax.data.rows import Rows
 from sftjax.evaluate.calibration import calibration
 from sftjax.losses import Loss
 from sftjax.losses.reward import listwise, pair_differences, pairwise
+from sftjax.losses.tokens import Forward
 from sftjax.tasks.job import Job
-from sftjax.train.loop import to_devices
 
 
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
     job = Job(config, workdir, force=force)
     c, answers = config.reward, job.splits.train.slots // 2
-    loss: Loss
-    if c.loss == "plackett_luce":
-        loss = listwise(job.forward, answers=answers, centring=c.centring)
-    else:
-        loss = pairwise(job.forward, margin=c.margin, centring=c.centring)
+    loss = loss_of(c, job.forward, answers)
     params, tally = job.fit(loss=loss, eval_loss=loss)
     found = calibration(differences(job, params, job.splits.eval, answers if c.loss == "plackett_luce" else 0))
     if found:
@@ -41,9 +37,16 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     return job.finish(tally, extra=extra, samples=[])
 
 
+def loss_of(c: ConfigDict, forward: Forward, answers: int) -> Loss:
+    """By config.reward; `answers` is how many a ranking has at most."""
+    if c.loss == "plackett_luce":
+        return listwise(forward, answers=answers, centring=c.centring)
+    return pairwise(forward, margin=c.margin, centring=c.centring)
+
+
 def differences(job: Job, params: Any, rows: Rows, answers: int) -> np.ndarray:
     """Reward of the better answer less that of the worse one, of each pair of the rows; of rankings of up to `answers`."""
     each = jax.jit(pair_differences(job.forward, answers))
     with jax.set_mesh(job.mesh):
-        found = [hosts.fetch(each(params, to_devices(batch, job.mesh))) for batch in job.held_out(rows)]
+        found = [hosts.fetch(each(params, hosts.to_devices(batch, job.mesh))) for batch in job.held_out(rows)]
     return np.concatenate([ahead[real] for ahead, real in found]) if found else np.zeros(0, np.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sftjax import tree
+from sftjax import hosts, tree
 from sftjax.data.batch import Batch
 from sftjax.data.pack import assemble, permutation
 from sftjax.data.rows import Rows
@@ -25,7 +25,6 @@ from sftjax.losses.policy import tempered
 from sftjax.losses.tokens import Forward
 from sftjax.tasks.job import Job, eval_rows
 from sftjax.tasks.rewards import Answered
-from sftjax.train.loop import to_devices
 from sftjax.train.meter import Tally
 from sftjax.train.run import read_metrics
 from sftjax.weights.select import uncut
@@ -143,7 +142,7 @@ def in_parts(job: Job, look: Callable[[Any, Batch], Any]) -> Callable[[Any, Batc
 
     def whole(params: Any, batch: Batch) -> Any:
         parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
-        found = [jax.device_get(run(params, to_devices(part, job.mesh))) for part in parts]
+        found = [jax.device_get(run(params, hosts.to_devices(part, job.mesh))) for part in parts]
         return jax.tree.map(lambda *each: np.concatenate(each), *found)
 
     return whole

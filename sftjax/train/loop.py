@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -21,14 +21,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
 from ml_collections import ConfigDict
 
-from sftjax import hosts, tree
-from sftjax.data.batch import Batch
+from sftjax import hosts
 from sftjax.data.stream import prefetch
-from sftjax.losses.tokens import Loss
 from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
+from sftjax.train.evaluation import report, told
 from sftjax.train.meter import WARM, Meter, Tally
 from sftjax.train.progress import Progress
 from sftjax.train.run import Run
@@ -122,16 +122,12 @@ def fit(
             collected: Figures = {}
             if collect:
                 batch, collected = collect(step, state, batch)
-            batch = to_devices(batch, mesh)
+            batch = hosts.to_devices(batch, mesh)
             if compiled is None:
-                began = time.perf_counter()
-                homes = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
-                jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(homes, None))
-                compiled = jitted.lower(state, frozen, batch).compile()
-                tally.compile_s = time.perf_counter() - began
+                compiled, tally.compile_s = compiling(step_fn, state, frozen, batch)
                 meter.start()
             began = time.perf_counter()
-            state, metrics = compiled(state, frozen, batch)  # compiled once: a batch of another shape would be an error
+            state, metrics = compiled(state, frozen, batch)  # a batch of another shape would be an error
             step += 1
             if collect:  # the next batch waits for this step's policy in any case
                 jax.block_until_ready(state)
@@ -176,56 +172,12 @@ def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def evaluator(loss: Loss, frozen: Any, mesh: Mesh) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """`(trainable, batches) -> {"loss", "count", ...}`: sums over all batches, divided once; {} where nothing counts.
-
-    Beside them the loss's own metrics, and of `nll` the perplexity.
-    """
-    sums = jax.jit(lambda trainable, frozen, batch: loss(tree.join(trainable, frozen), batch, None))
-
-    def evaluate(trainable: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        got = hosts.fetch([sums(trainable, frozen, to_devices(batch, mesh)) for batch in batches])
-        count = sum(float(n) for _, n, _ in got)
-        if not count:
-            return {}
-        means = {name: sum(float(m[name]) for *_, m in got) / count for name in got[0][2]}
-        if "nll" in means:
-            means["ppl"] = math.exp(min(means.pop("nll"), 700))
-        return {"loss": sum(float(total) for total, *_ in got) / count, "count": count, **means}
-
-    return evaluate
-
-
-def report(run: Run, progress: Progress, step: int, evaluation: dict[str, float] | None) -> None:
-    if evaluation:
-        run.log(step, evaluation, kind="eval")
-        progress.say(f"{f'step {step}' if step else 'before training'}: eval {told(evaluation)}")
-
-
-def told(evaluation: dict[str, float]) -> str:
-    """loss 1.2345, perplexity 3.44, 40,321 tokens; loss 0.6931, margin 0.000, accuracy 50.0 %, 400 pairs (of KTO: answers);
-    or of a classifier's head loss 0.3010, accuracy 90.0 %, 200 rows;
-    or of a policy reward 0.812, length_reward 0.500, 12.3 tokens an answer, 98.0 % stopped, 100 answers"""
-    e = evaluation
-    if "reward" in e:
-        functions = [f"{name.removeprefix('rewards/')} {x:.3f}" for name, x in e.items() if name.startswith("rewards/")]
-        each = functions if len(functions) > 1 else []
-        words = [f"reward {e['reward']:.3f}", *each, f"{e['length']:.1f} tokens an answer", f"{100 * e['stopped']:.1f} % stopped"]
-        return ", ".join([*words, f"{e['count']:,.0f} answers"])
-    loss, count = f"loss {e['loss']:.4f}", f"{e['count']:,.0f}"
-    if "ppl" in e:
-        return f"{loss}, perplexity {e['ppl']:.2f}, {count} tokens"
-    if "accuracy" in e:
-        return f"{loss}, accuracy {100 * e['accuracy']:.1f} %, {count} rows"
-    margin = f"margin {e['rewards/margins']:.3f}"
-    if "rewards/accuracies" in e:
-        return f"{loss}, {margin}, accuracy {100 * e['rewards/accuracies']:.1f} %, {count} pairs"
-    return f"{loss}, {margin}, {count} answers"
-
-
-def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """This host's rows, as its part of the global batch."""
-    return jax.tree.map(lambda x: hosts.place_rows(x, mesh), batch)
+def compiling(step: Step, state: State, frozen: Any, batch: Any) -> tuple[Compiled, float]:
+    """The step for arrays like these, which takes the state's memory for the new one, and the seconds that compiling took."""
+    began = time.perf_counter()
+    homes = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(homes, None)).lower(state, frozen, batch).compile()
+    return compiled, time.perf_counter() - began
 
 
 def freed(state: State) -> State:

@@ -15,7 +15,8 @@ from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.sharding import make_mesh
 from sftjax.tasks.export import export
-from sftjax.train import loop, meter, progress
+from sftjax.train import meter, progress
+from sftjax.train.evaluation import evaluator
 from sftjax.train.meter import Tally
 
 
@@ -127,9 +128,9 @@ def test_evaluation_weighs_by_what_counts():
 
     mesh = make_mesh(data=1)
     batches = [Batch(*[np.ones((1, n), np.float32)] * 4) for n in (2, 3)]
-    got = loop.evaluator(loss, {}, mesh)({}, batches)
+    got = evaluator(loss, {}, mesh)({}, batches)
     assert got == {"loss": 2, "count": 5, "ppl": pytest.approx(np.exp(62.0), rel=1e-5), "rewards/margins": (4 + 9) / 5}
-    assert loop.evaluator(loss, {}, mesh)({}, []) == {}
+    assert evaluator(loss, {}, mesh)({}, []) == {}
 
 
 def test_best_is_the_lowest_and_never_nan():
