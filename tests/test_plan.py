@@ -162,6 +162,7 @@ def labelled(changes, folder):
         {"method": "adapter"},
         {"task": "reward", "model.quantize": "nf4"},
         {"task": "classify", "classify.by": "head", "method": "full"},
+        {"task": "grpo", "grpo.rewards": ("length:20",), "grpo.num_generations": 2, "grpo.beta": 0.0},
     ],
 )
 def test_the_planned_arrays_are_the_runs(toy, changes, tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_the_planned_arrays_are_the_runs(toy, changes, tmp_path, monkeypatch):
     from sftjax.train.step import init_state
     from sftjax.weights.lora import rates
 
-    monkeypatch.setitem(pipeline.WANTS, "reward", "answers")  # the toy's rows do: no array depends on them
+    monkeypatch.setitem(pipeline.WANTS, changes.get("task", "sft"), "answers")  # the toy's rows do: no array depends on them
     c = toy.config(**{"mesh.data": 1, "data.template": "chatml"} | changes | labelled(changes, tmp_path))
     job, dry = Job(c, tmp_path / "run"), open_dry(c, platform="cpu")
     optimizer = optim.optimizer(c.optim, optim.schedule(c.optim, 10), rates(job.trainable, c.lora.lr_ratio))
@@ -229,6 +230,69 @@ def test_the_planned_loss_is_the_tasks(toy, changes, tmp_path, monkeypatch):
         return list(equations(jax.make_jaxpr(lambda t, f, b: loss(tree.join(t, f), b, key))(trainable, frozen, dry.batch).jaxpr))
 
     assert computed(dry.loss, dry.trainable, dry.frozen) == computed(loss, job.trainable, job.frozen)
+
+
+GRPO = {"task": "grpo", "grpo.rewards": ("length:20",), "grpo.num_generations": 2, "grpo.max_completion_length": 20}
+
+
+def test_the_planned_step_of_a_policy_is_the_tasks(toy, tmp_path, monkeypatch):
+    from sftjax import tasks
+    from sftjax.tasks.job import Job
+
+    class Iterated(Exception):
+        pass
+
+    def iterate(job, learn, *_, **__):
+        raise Iterated(job, learn)
+
+    monkeypatch.setattr(Job, "iterate", iterate)
+    more = {"train.micro_batch": 1, "grpo.num_mini_batches": 2, "grpo.epsilon_high": 0.3, "grpo.temperature": 0.7}
+    c = toy.config(**{"mesh.data": 1, "data.template": "chatml", "method": "full"} | GRPO | more)
+    with pytest.raises(Iterated) as e:
+        tasks.train(c, tmp_path / "run")
+    job, learn = e.value.args
+    dry = open_dry(c, platform="cpu")
+
+    def shapes(part):
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(part)]
+
+    assert shapes(dry.frozen) == shapes(job.frozen)  # the reference among them
+    texts = [str(jax.make_jaxpr(step)(dry.state, dry.frozen, dry.batch)) for step in (dry.step, learn(dry.optimizer))]
+    assert texts[0] == texts[1] and dry.micro_batches == 4
+
+
+def test_the_answers_of_a_step_are_planned_as_they_are_made(toy, tmp_path):
+    from sftjax.generate.engine import Engine
+    from sftjax.models.decoder import Decoder, init
+
+    c = toy.config(**{"mesh.data": 1, "data.template": "chatml", "model.dtype": "float32"} | GRPO)
+    job = open_dry(c, 60, platform="cpu")
+    rollout = memory.Estimator(job, mesh_sizes(c, 1)).rollout
+    decoder = job.decoder.config
+    engine = Engine(Decoder(decoder), init(decoder, jax.random.key(0)))
+    flight = engine._flight(job.rows, rollout.longest, 0, 0, {})
+    flight.join(range(job.rows), [[1] * (job.length - rollout.longest)] * job.rows)
+    while len(flight.free) < job.rows:
+        flight.next()
+    assert rollout.slots == flight.B
+    made = flight.state.cache
+    assert sum(x.nbytes for x in jax.tree.leaves(made)) == rollout.cache.k.size * 4 + rollout.cache.v.size * 4
+
+    kernels = [w for path, w in tree.flatten(job.params["layers"]).items() if path.endswith("kernel")]
+    products = sum(2 * prod(part.shape) for w in kernels for part in jax.tree.leaves(w))
+    attention = 4 * decoder.layers * decoder.heads * decoder.head_dim * flight.length
+    assert rollout.flops() == job.length * rollout.slots * (products + attention + 2 * decoder.width * decoder.vocab)
+
+
+def test_longer_answers_take_as_much_longer(tmp_path):
+    c, _ = golden_plan.config("gate_sft", tmp_path)
+    c.task, c.data.max_length, c.grpo.beta = "grpo", 1024, 0.0
+    took = []
+    for c.grpo.max_completion_length in (128, 256):
+        on = memory.Estimator(open_dry(c), mesh_sizes(c, 1))
+        took.append(on.rollout.seconds(CHIPS["v5e"], 1, 1.0))
+        assert on.at().parts["or answers under way, more"] >= 0
+    assert took[1] == pytest.approx(2 * took[0])
 
 
 def test_a_reference_that_costs_memory_is_planned(tmp_path):

@@ -23,6 +23,7 @@ from sftjax import sharding, tree
 from sftjax.data.batch import Batch
 from sftjax.losses.tokens import block_size
 from sftjax.models.decoder import REMAT, Decoder, forward
+from sftjax.plan.rollout import Rollout
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, placed
 from sftjax.weights.quantize import Quantised
 
@@ -105,6 +106,7 @@ class Estimator:
         self.parameters = by_kind(frozen, state.trainable)
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
         self.offloaded = total(state.opt_state, host=True)
+        self.rollout = Rollout(job, self.sizes) if job.answers else None
         self.wide = wide_kernel(job, self.sizes)
         head = next((name for name in ("score", "head") if name in job.params), "embed")
         self.head_trains = bool(jax.tree.leaves(state.trainable.get(head)))
@@ -149,6 +151,9 @@ class Estimator:
         parts["or a layer's temporaries, more"] = max(0.0, layer - logits, hidden - logits)  # they come after the logits
         if self.offloaded:  # all of it comes for the update, when these are gone
             parts["optimiser, in passing"] = max(0.0, self.offloaded - keeps - max(logits, layer, hidden))
+        if self.rollout:  # the update comes after its answers
+            update = keeps + max(logits, layer, hidden) + parts["gradients"]
+            parts["or answers under way, more"] = max(0.0, self.rollout.bytes() - update)
         parts["program"] = PROGRAM
         return Memory(parts)
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sftjax.check import check
+from sftjax.check import ROLLOUTS, check
 from sftjax.config import UserError, default, override
 from sftjax.data import pipeline
-from sftjax.data.stream import Stream
+from sftjax.data.prompts import stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
 from sftjax.plan import exact
 from sftjax.plan.chips import CHIPS, GIB, MIB, SHAPES, Chip, Topology, parse
@@ -23,6 +23,7 @@ from sftjax.plan.memory import POLICIES, Estimator
 from sftjax.plan.speed import EFFICIENCY, sizes_text, step_time
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry
 from sftjax.tasks.job import check_batch, check_length, check_routers
+from sftjax.tasks.rollouts import row_length
 from sftjax.train.progress import compact, duration, model_flops_per_token
 from sftjax.weights import kinds
 
@@ -116,10 +117,13 @@ def read_rows(config: ConfigDict) -> Rows:
         tokenizer = open_tokenizer(config.model.path, None, config.model.trust_remote_code, config.model.revision)
         chat, _ = chat_for(config, tokenizer)
         splits = pipeline.build(config, chat, say=lambda _: None)
-        stream = Stream(splits.train, config)
+        steps = stream(splits.train, config)
+        if config.task in ROLLOUTS:
+            length = row_length(config, splits.train, config[config.task].max_completion_length)
+            return Rows(steps.steps_total, length, 1.0, len(splits.train))
     except UserError as e:
         return Rows(steps=config.train.steps, why=str(e).splitlines()[0])
-    return Rows(stream.steps_total, stream.length, stream.fullness, len(splits.train))
+    return Rows(steps.steps_total, steps.length, steps.fullness, len(splits.train))
 
 
 def head(job: Dry, on: Estimator, where: Topology | None, say: Say) -> dict[str, Any]:
@@ -207,6 +211,8 @@ def pace(
     say(f"{took.seconds:.3g} s a step, {big(speed)}tokens/s, {big(86400 * speed)}tokens a day")
     parts = ", ".join(f"{name} {getattr(took, name):.2g} s" for name in ("compute", "memory", "network"))
     say(f"  at the makers' peaks: {parts}; a run is assumed to reach {100 * efficiency:.0f} % of the slowest (--efficiency)")
+    if on.rollout:
+        say(f"  {took.answers:.3g} s of it for {on.rollout.slots} answers of {on.rollout.longest} tokens, side by side")
     out = {"step_s": took.seconds, "bound": took.bound, "tokens_per_s": speed}
     if rows.steps:
         hours = rows.steps * took.seconds / 3600
@@ -266,6 +272,8 @@ def compiled(job: Dry, on: Estimator, where: Topology, say: Say) -> dict[str, An
         f"  arguments {m.arguments / of:.2f}, outputs {m.outputs / of:.2f} of which {m.aliased / of:.2f} take the place of "
         f"arguments, temporaries {m.temporaries / of:.2f}, program {m.program / of:.2f}"
     )
+    if on.rollout:
+        say("  that is the update; of its answers there is only the estimate")
     return dataclasses.asdict(m) | {"fits": True, "peak": m.peak}
 
 

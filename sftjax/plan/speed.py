@@ -22,16 +22,17 @@ EFFICIENCY = 0.5  # an assumption; what a run reaches it prints as MFU
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step at the peaks, and `seconds` at `efficiency` of the slowest."""
+    """Seconds of one step's update at the peaks, and `seconds` of all at `efficiency` of the slowest."""
 
     compute: float
     memory: float
     network: float
     efficiency: float
+    answers: float = 0.0  # before the update, where a policy learns from its own; at the same efficiency
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory, self.network) / self.efficiency
+        return max(self.compute, self.memory, self.network) / self.efficiency + self.answers
 
     @property
     def bound(self) -> str:
@@ -47,7 +48,8 @@ def step_time(work: Work, on: Estimator, topology: Topology, efficiency: float =
     network = exchanged(on) / (chip.link / 2)  # a link's figure counts both directions
     if topology.slices > 1:
         network += 2 * on.trained * (topology.slices - 1) / topology.slices / DCN
-    return StepTime(work.flops / n / chip.flops, (work.traffic / n + state) / chip.bandwidth, network, efficiency)
+    answers = on.rollout.seconds(chip, n, efficiency) if on.rollout else 0.0
+    return StepTime(work.flops / n / chip.flops, (work.traffic / n + state) / chip.bandwidth, network, efficiency, answers)
 
 
 def exchanged(on: Estimator) -> float:

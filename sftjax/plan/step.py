@@ -28,11 +28,13 @@ from sftjax.hf.load import load_config, read_json, resolve
 from sftjax.hf.model import compute_dtype
 from sftjax.hf.peft_read import load_adapter, saved_modules
 from sftjax.losses import Loss, dpo, kto, masked_xent, neftune
+from sftjax.losses.policy import Rollouts, tempered
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, forward, init
 from sftjax.models.heads import scored
 from sftjax.tasks import classify as classify_task
 from sftjax.tasks import dpo as dpo_task
+from sftjax.tasks import grpo as grpo_task
 from sftjax.tasks import kto as kto_task
 from sftjax.tasks import reward as reward_task
 from sftjax.tasks.base import REWARD, check_head
@@ -83,7 +85,15 @@ class Dry:
 
     @property
     def micro_batches(self) -> int:
+        """Parts that a batch goes in."""
+        if self.answers:
+            return grpo_task.cut(self.config) * self.config.grpo.num_mini_batches
         return self.rows // (self.config.train.micro_batch or self.rows)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model makes what it learns from."""
+        return self.config.task in ROLLOUTS
 
     @cached_property
     def forward(self) -> Callable[..., Any]:
@@ -92,11 +102,16 @@ class Dry:
     @cached_property
     def step(self) -> Callable[..., Any]:
         c = self.config
+        if self.answers:
+            return grpo_task.step_of(c, self.loss, self.optimizer)
         return make_step(self.loss, self.optimizer, seed=c.seed, micro_batches=self.micro_batches, clip=c.optim.clip)
 
     @cached_property
-    def batch(self) -> Batch | Referred:
+    def batch(self) -> Batch | Referred | Rollouts:
         shape = (self.rows, self.length)
+        if self.answers:
+            of = {"tokens": jnp.int32, "segments": jnp.int32, "positions": jnp.int32}
+            return Rollouts(*(jax.ShapeDtypeStruct(shape, of.get(name, jnp.float32)) for name in Rollouts._fields))
         made = Batch(*(jax.ShapeDtypeStruct(shape, t) for t in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
         return Referred(*made, jax.ShapeDtypeStruct(shape, jnp.float32)) if precomputed(self.config) else made
 
@@ -108,10 +123,10 @@ def open_dry(config: ConfigDict, length: int | None = None, platform: str = "tpu
     """The job of a config whose `model.path` may be a directory with nothing but a config.json. Raises UserError."""
     if not config.model.path:
         raise UserError("model.path is empty; give a Hugging Face directory or hub id, e.g. --config.model.path=Qwen/Qwen3-0.6B")
-    if config.task in ROLLOUTS:
+    if config.task == "ppo":
         raise UserError(
-            f"--config.task={config.task}: answers that a policy makes while it trains are not planned yet; "
-            "--config.task=dpo with the same model, rows of data.max_length and a reference is nearest to its updates"
+            "--config.task=ppo: a value beside the policy is not planned yet; --config.task=grpo with the same model and answers "
+            "is nearest, and takes less"
         )
     directory = resolve(config.model.path, config.model.revision)
     return Dry(config, load_config(directory), checkpoint_dtype(directory), length or config.data.max_length, platform, directory)
@@ -181,6 +196,13 @@ def _label(job: Dry) -> Loss:
     return classify_task.loss_of(job.config.loss, job.forward)
 
 
+def _grpo(job: Dry) -> Loss:
+    c = job.config.grpo
+    if c.beta:  # its log-probabilities come with the batch: what it keeps is all that counts here
+        _reference(job)
+    return grpo_task.loss_of(c, tempered(job.forward, c.temperature))
+
+
 LOSSES: dict[str, Callable[[Dry], Loss]] = {
     "sft": _tokens,
     "classify": lambda job: _label(job) if job.config.classify.by == "head" else _tokens(job),
@@ -189,6 +211,7 @@ LOSSES: dict[str, Callable[[Dry], Loss]] = {
         job.forward, reference=_reference(job) if dpo_task.refers(job.config) else None, **dpo_task.options(job.config)
     ),
     "reward": lambda job: reward_task.loss_of(job.config.reward, job.forward, ANSWERS),
+    "grpo": _grpo,
     "kto": lambda job: kto(job.forward, reference=_reference(job), **kto_task.options(job.config)),
 }
 

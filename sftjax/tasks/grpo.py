@@ -27,7 +27,9 @@ from ml_collections import ConfigDict
 
 from sftjax import tree
 from sftjax.config import UserError
+from sftjax.losses import Loss
 from sftjax.losses.policy import Rollouts, action_logps, group_advantages, grpo, leave_one_out, normalised
+from sftjax.losses.tokens import Forward
 from sftjax.tasks.critics import Judge
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
@@ -48,7 +50,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         return judges[-1]
 
     rewards = Rewards(c.rewards, c.reward_weights, key="grpo.rewards", model=model)
-    micro_batches = cut(config)
+    cut(config)  # refused before anything is read
     job = Job(config, workdir, force=force)
     for one in judges:  # adapters, over the policy's own base where that is theirs
         one.sits(job)
@@ -56,11 +58,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     updates = c.num_iterations * c.num_mini_batches
     actor = Actor(job, c, rewards)
     logps = in_parts(job, partial(action_logps, actor.forward))
-    loss = grpo(actor.forward, low=c.epsilon, high=c.epsilon_high or c.epsilon, beta=c.beta, fresh=updates == 1)
-
-    def learn(optimizer: optax.GradientTransformation) -> Step:
-        step = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
-        return over_minibatches(step, seed=config.seed, epochs=c.num_iterations, minibatches=c.num_mini_batches)
+    learn = partial(step_of, config, loss_of(c, actor.forward))
 
     def collect(step: int, state: State, prompts: np.ndarray) -> tuple[Rollouts, dict[str, float]]:
         began = time.perf_counter()
@@ -83,6 +81,19 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
 
     _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates)
     return job.finish(tally, extra=summary(job, tally), samples=actor.samples())
+
+
+def loss_of(c: ConfigDict, forward: Forward) -> Loss:
+    """By config.grpo, over a forward at its temperature."""
+    fresh = c.num_iterations * c.num_mini_batches == 1
+    return grpo(forward, low=c.epsilon, high=c.epsilon_high or c.epsilon, beta=c.beta, fresh=fresh)
+
+
+def step_of(config: ConfigDict, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
+    """All updates of a step's answers."""
+    c = config.grpo
+    step = make_step(loss, optimizer, seed=config.seed, micro_batches=cut(config), clip=config.optim.clip)
+    return over_minibatches(step, seed=config.seed, epochs=c.num_iterations, minibatches=c.num_mini_batches)
 
 
 def cut(config: ConfigDict) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sftjax import hosts, tree
 from sftjax.data.batch import Batch
@@ -44,8 +45,7 @@ class Actor:
     def __init__(self, job: Job, c: Any, rewards: Callable[[Sequence[Answered]], tuple[np.ndarray, dict[str, np.ndarray]]]):
         self.job, self.rewards, self.seed = job, rewards, job.config.seed
         self.longest, self.sampling = c.max_completion_length, {"temperature": c.temperature, "top_p": c.top_p}
-        most = int(job.splits.train.lengths.max()) + self.longest
-        self.length = min(job.config.data.max_length, between(most, 32))
+        self.length = row_length(job.config, job.splits.train, self.longest)
         self.forward: Forward = tempered(job.forward, c.temperature)
         self.now: list[dict[str, Any]] = []  # what the last evaluation saw
         place = job.run.checkpoints
@@ -121,6 +121,11 @@ class Actor:
             }
             for b, a in zip(before, self.now)
         ]
+
+
+def row_length(config: ConfigDict, prompts: Rows, longest: int) -> int:
+    """Of a row that holds the longest prompt and an answer of so many tokens."""
+    return min(config.data.max_length, between(int(prompts.lengths.max()) + longest, 32))
 
 
 def named(each: dict[str, np.ndarray]) -> dict[str, float]:
