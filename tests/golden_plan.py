@@ -90,6 +90,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_lora_remat_none": ("qwen3_06b", "v5e:1x1", {"model.remat": "none", "train.batch_size": 2}),
     "qwen3_full": ("qwen3_06b", "v6e:1x1", {"model.remat": "minimal", "train.batch_size": 4, "method": "full"}),
     "qwen3_reward": ("qwen3_06b", "v5e:1x1", {"model.remat": "block", "train.batch_size": 8, "task": "reward"}),
+    "qwen3_grpo": (
+        *("qwen3_06b", "v5e:1x1"),
+        {
+            "model.remat": "block",
+            "task": "grpo",
+            "train.batch_size": 16,
+            "train.micro_batch": 8,
+            "grpo.max_completion_length": 512,
+        },
+    ),
     "llama3_70b_qlora": (
         *("llama3_70b", "v5p:2x2x1"),
         {"model.remat": "block", "train.batch_size": 4, "model.quantize": "nf4", **FSDP},
@@ -102,6 +112,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gate_qlora": ("tiny", "v6e:1x1", {"model.remat": "block", "model.quantize": "nf4", **SMALL}),
     "gate_moe": ("tiny_moe", "v5e:1x1", {"model.remat": "block", "lora.targets": "q_proj,v_proj", **SMALL}),
     "gate_dpo": ("tiny", "v5p:1x1x1", {"model.remat": "block", "task": "dpo", **SMALL}),
+    "gate_grpo": ("tiny", "v6e:1x1", {"model.remat": "block", "task": "grpo", **SMALL, "train.batch_size": 8}),
     "gate_reward": ("tiny", "v5e:1x1", {"model.remat": "block", "task": "reward", **SMALL}),
     "gate_8bit": ("tiny", "v6e:1x1", {"model.remat": "block", "method": "full", "optim.name": "adamw_8bit", **SMALL}),
     "gate_offload": ("tiny", "v5e:1x1", {"model.remat": "block", "method": "full", "optim.offload": "true", **SMALL}),

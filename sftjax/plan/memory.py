@@ -29,8 +29,9 @@ from sftjax.weights.quantize import Quantised
 
 POLICIES = ("none", *REMAT)
 ALIVE = 0.7  # of what a layer's backward pass computes again, the share that is alive at once
-LOGITS = 6  # bytes of each logit of a block: itself in float32, and its gradient
+LOGITS = 6  # bytes of each logit of a block: itself in float32, and its gradient; twice where an entropy is taken of them
 PROGRAM = 0.06 * 2**30
+ANSWERS = "or answers under way, more"
 T = 384  # tokens that a decoder is traced with: what it keeps grows as they do
 
 
@@ -55,6 +56,11 @@ class Memory:
     @property
     def peak(self) -> float:
         return sum(self.parts.values())
+
+    @property
+    def update(self) -> float:
+        """The peak of a step's update alone, which is all of the step where no answers come before it."""
+        return self.peak - self.parts.get(ANSWERS, 0.0)
 
 
 def kept(job: Dry, remat: str) -> Kept:
@@ -143,7 +149,7 @@ class Estimator:
         layer = ALIVE * max(whole - keeps, 0) / (c.layers - job.decoder.lower) + 2 * tokens * c.width * width + self.wide
         with compiling_for(job.platform):
             block = max(block_size(self.head_trains), rows * outputs / tensor)  # a token of each row at least
-        logits = LOGITS * min(block, tokens * outputs / tensor)
+        logits = LOGITS * (2 if self.rollout else 1) * min(block, tokens * outputs / tensor)
         parts = {**self.parameters, "optimiser": self.optimiser}
         parts["gradients"] = self.trained * (2 if accumulate else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps
@@ -153,7 +159,7 @@ class Estimator:
             parts["optimiser, in passing"] = max(0.0, self.offloaded - keeps - max(logits, layer, hidden))
         if self.rollout:  # the update comes after its answers
             update = keeps + max(logits, layer, hidden) + parts["gradients"]
-            parts["or answers under way, more"] = max(0.0, self.rollout.bytes() - update)
+            parts[ANSWERS] = max(0.0, self.rollout.bytes() - update)
         parts["program"] = PROGRAM
         return Memory(parts)
 

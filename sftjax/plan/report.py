@@ -260,21 +260,22 @@ def compiled(job: Dry, on: Estimator, where: Topology, say: Say) -> dict[str, An
     mesh = exact.mesh_over(exact.devices(where), dict(on.sizes), where.slices)
     say("")
     say(f"compiling the step for {where}, a minute or more ...")
-    estimate = on.at().peak
+    estimate = on.at()
     try:
         m, _ = exact.measure(exact.lower(job, mesh))
     except exact.TooLarge as e:
         say(f"the compiler: does not fit; it needs {e.needs / GIB:.2f} GiB on a chip that has {e.has / GIB:.2f}")
         return {"fits": False, "peak": e.needs}
     unit, of = unit_of(m.peak)
-    say(f"the compiler: {m.peak / of:.2f} {unit} on one chip, after {m.seconds:.0f} s; the estimate was {estimate / of:.2f}")
+    guessed = estimate.update / of
+    say(f"the compiler: {m.peak / of:.2f} {unit} on one chip, after {m.seconds:.0f} s; the estimate was {guessed:.2f}")
     say(
         f"  arguments {m.arguments / of:.2f}, outputs {m.outputs / of:.2f} of which {m.aliased / of:.2f} take the place of "
         f"arguments, temporaries {m.temporaries / of:.2f}, program {m.program / of:.2f}"
     )
     if on.rollout:
-        say("  that is the update; of its answers there is only the estimate")
-    return dataclasses.asdict(m) | {"fits": True, "peak": m.peak}
+        say(f"  that is the update; its answers take the estimate's {estimate.peak / of:.2f} at most")
+    return dataclasses.asdict(m) | {"fits": not on.rollout or estimate.peak <= where.chip.memory, "peak": m.peak}
 
 
 def suggest(config: ConfigDict, on: Estimator, where: Topology, say: Say) -> list[dict[str, Any]]:

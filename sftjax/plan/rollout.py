@@ -42,7 +42,7 @@ class Rollout:
     @property
     def longest(self) -> int:
         """Tokens of an answer, which are as many passes."""
-        return self.job.config[self.job.config.task].max_completion_length
+        return self.job.config.grpo.max_completion_length
 
     @property
     def slots(self) -> int:
@@ -65,6 +65,7 @@ class Rollout:
         cache = GROWN * nbytes(self.cache) / self.shards / (tensor if c.kv_heads % tensor == 0 else 1)
         return cache + copied / self.sizes["fsdp"] / tensor + LOGITS * self.slots * c.vocab / self.shards / tensor
 
+    @cached_property
     def flops(self) -> float:
         """Of all chips: every token of a prompt and of an answer passes once."""
         job, c = self.job, self.job.decoder.config
@@ -87,10 +88,10 @@ class Rollout:
         weights = nbytes(self.params) / tensor
         c = self.job.config.grpo
         looks = bool(c.beta) + (c.num_iterations * c.num_mini_batches > 1)  # of the reference, and of the policy that answered
-        again = looks * self.flops() / devices / chip.flops
+        once = self.flops / devices / chip.flops
         read = self.longest * (weights + nbytes(self.cache) / self.shards / tensor) / chip.bandwidth
         fetched = self.longest * weights * (fsdp - 1) / fsdp / (chip.link / 2) if fsdp > 1 else 0.0
-        return (max(self.flops() / devices / chip.flops, read, fetched) + again) / efficiency
+        return (max(once, read, fetched) + looks * once) / efficiency
 
 
 def nbytes(part: Any) -> float:
