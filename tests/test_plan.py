@@ -433,6 +433,12 @@ def test_columns_of_any_width_stand_apart(tmp_path, monkeypatch):
         (["--topology=v5e-1", "--price=-1"], "--price=-1.0: needs dollars"),
         (["--topology=v5e-1", "--efficiency=60"], "--efficiency=60.0: needs a share"),
         (["--topology=v5e-8", "--config.mesh.data=3"], "mesh: data=3"),
+        (["--config.task=ppo"], "--config.task=ppo: a value beside the policy is not planned yet"),
+        (
+            ["--config.task=grpo", "--config.grpo.max_completion_length=8", "--config.grpo.num_mini_batches=3"],
+            "is no multiple of grpo.num_mini_batches=3",
+        ),
+        (["--config.task=grpo", "--config.grpo.max_completion_length=64"], "leaves no room for the prompt"),
         (["--topology=v5e-8", "--config.mesh.data=-1", "--config.train.batch_size=6"], "does not divide over 8 data shards"),
     ],
 )

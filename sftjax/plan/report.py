@@ -77,6 +77,8 @@ def plan(
     job = open_dry(config, rows.length, platform(where.chip) if where else "tpu")
     check_length(config, job.base)
     check_routers(config, job.base)
+    if job.answers:
+        pipeline.room(config, "prompts")
     on = estimator(job, where)
     with compiling_for(job.platform):
         work = count(job.step, job.state, job.frozen, job.batch)
