@@ -11,7 +11,7 @@ import pytest
 from toy import write_rows
 
 from sftjax import cli, tree
-from sftjax.config import UserError
+from sftjax.config import UserError, override
 from sftjax.data import pipeline
 from sftjax.models.decoder import REMAT
 from sftjax.plan import exact, flops, memory, report, speed
@@ -281,7 +281,7 @@ def test_the_answers_of_a_step_are_planned_as_they_are_made(toy, tmp_path):
     kernels = [w for path, w in tree.flatten(job.params["layers"]).items() if path.endswith("kernel")]
     products = sum(2 * prod(part.shape) for w in kernels for part in jax.tree.leaves(w))
     attention = 4 * decoder.layers * decoder.heads * decoder.head_dim * flight.length
-    assert rollout.flops == job.length * rollout.slots * (products + attention + 2 * decoder.width * decoder.vocab)
+    assert rollout.a_pass == rollout.slots * (products + attention + 2 * decoder.width * decoder.vocab)
 
 
 def test_answers_take_what_they_need_beside_the_runs_state(tmp_path):
@@ -290,14 +290,27 @@ def test_answers_take_what_they_need_beside_the_runs_state(tmp_path):
     assert on.at().peak == pytest.approx(state + on.rollout.bytes() + memory.PROGRAM) and on.at().peak > on.at().update
 
 
-def test_longer_answers_take_as_much_longer(tmp_path):
-    c, _ = golden_plan.config("gate_sft", tmp_path)
-    c.task, c.data.max_length, c.grpo.beta = "grpo", 1024, 0.0
-    took = []
-    for c.grpo.max_completion_length in (128, 256):
-        on = memory.Estimator(open_dry(c), mesh_sizes(c, 1))
-        took.append(on.rollout.seconds(CHIPS["v5e"], 1, 1.0))
-    assert took[1] == pytest.approx(2 * took[0])
+def of_policy(folder, **changes):
+    c, _ = golden_plan.config("gate_sft", folder)
+    for key, value in ({"task": "grpo", "train.batch_size": 16, "grpo.max_completion_length": 128} | changes).items():
+        override(c, key, str(value))
+    return memory.Estimator(open_dry(c), mesh_sizes(c, 1))
+
+
+@pytest.mark.parametrize("changes", [{"grpo.num_mini_batches": 2}, {"grpo.num_iterations": 3}, {"train.micro_batch": 4}])
+def test_updates_of_the_same_answers_cost_their_time_and_only_accumulating_memory(changes, tmp_path):
+    on, more = (of_policy(tmp_path, **{"method": "full"} | extra) for extra in ({}, changes))
+    gradients = [e.at().parts["gradients"] for e in (on, more)]
+    assert (gradients[1] > gradients[0]) == ("train.micro_batch" in changes)
+    assert more.job.updates == changes.get("grpo.num_mini_batches", 1) * changes.get("grpo.num_iterations", 1)
+    work = [flops.count(e.job.step, e.job.state, e.job.frozen, e.job.batch).flops / e.job.epochs for e in (on, more)]
+    assert work[1] == pytest.approx(work[0])
+
+
+def test_what_answers_read_is_the_kinds(tmp_path):
+    """DoRA's norms are taken once, so that it costs what LoRA costs; what is quantised is written wide to be read."""
+    plain, dora, nf4 = (of_policy(tmp_path, **extra).rollout for extra in ({}, {"lora.dora": True}, {"model.quantize": "nf4"}))
+    assert dora.a_pass == pytest.approx(plain.a_pass) and nf4.read() > plain.read()
 
 
 def test_a_reference_that_costs_memory_is_planned(tmp_path):
@@ -439,6 +452,7 @@ def test_columns_of_any_width_stand_apart(tmp_path, monkeypatch):
             "is no multiple of grpo.num_mini_batches=3",
         ),
         (["--config.task=grpo", "--config.grpo.max_completion_length=64"], "leaves no room for the prompt"),
+        (["--config.task=grpo", "--config.grpo.max_completion_length=8", "--topology=v5e-16"], "runs on one host so far"),
         (["--topology=v5e-8", "--config.mesh.data=-1", "--config.train.batch_size=6"], "does not divide over 8 data shards"),
     ],
 )

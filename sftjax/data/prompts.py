@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from sftjax.check import ROLLOUTS
 from sftjax.config import UserError
 from sftjax.data.pack import Piece
 from sftjax.data.rows import Rows
@@ -20,7 +21,7 @@ from sftjax.data.stream import Stream
 
 def stream(rows: Rows, config: ConfigDict, *, mine: Sequence[int] | None = None) -> Stream:
     """What the task takes a step from: batches of rows, or prompts."""
-    return Prompts(rows, config) if config.task in ("grpo", "ppo") else Stream(rows, config, mine=mine)
+    return Prompts(rows, config) if config.task in ROLLOUTS else Stream(rows, config, mine=mine)
 
 
 def samples(config: ConfigDict) -> int:

@@ -217,16 +217,24 @@ def _forward(
     return hidden, cache
 
 
+def _placed(cache: Cache) -> Cache:
+    """On a mesh each device has its own rows, and its heads where they divide."""
+    mesh = sharding.mesh_in_use()
+    heads = sharding.HEADS if mesh is not None and cache.k.shape[2] % mesh.shape[sharding.HEADS] == 0 else None
+    return Cache(*(sharding.constrain(x, None, sharding.BATCH, heads) for x in cache))
+
+
 @partial(jax.jit, static_argnames=("model", "B", "S"))
 def _empty(model: Decoder, B: int, S: int) -> tuple[Cache, Array]:
-    return init_cache(model.config, B, S, model.dtype), jnp.zeros((B, model.config.width), model.dtype)
+    return _placed(init_cache(model.config, B, S, model.dtype)), jnp.zeros((B, model.config.width), model.dtype)
 
 
 @partial(jax.jit, static_argnames=("model", "B", "S", "penalised", "guessed"))
 def _vacant(model: Decoder, B: int, S: int, penalised: bool, guessed: bool) -> State:
     before, token, position, left = jnp.zeros((4, B), jnp.int32)
     seen = jnp.zeros((B, model.config.vocab), bool) if penalised else None
-    cache = apart.split(init_cache(model.config, B, S, model.dtype), 1 if model.scan else model.config.layers)
+    whole = _placed(init_cache(model.config, B, S, model.dtype))
+    cache = apart.split(whole, 1 if model.scan else model.config.layers)
     table = draft.empty(model.config.vocab) if guessed else None
     return State(cache, table, before, token, position, left, jnp.zeros((B, 2), jnp.uint32), seen)
 
@@ -240,6 +248,7 @@ def _prefill(
     positions = jnp.broadcast_to(start + jnp.arange(C), (R, C))
     real = (positions < lengths[:, None]).astype(jnp.int32)
     hidden, cache = _forward(model, params, tokens, real, positions, cache, lengths[:, None])
+    cache = _placed(cache)
     at = lengths - 1 - start
     mine = jnp.take_along_axis(hidden, jnp.clip(at, 0, C - 1)[:, None, None], 1)[:, 0]
     return cache, jnp.where(((at >= 0) & (at < C))[:, None], mine, last)
@@ -270,7 +279,7 @@ def _enter(
     joining, first = _take(model, params, joining, last[:, None], newest, sampling, stops)
     P = cache.v.shape[3]
     entered = [
-        Cache(k.at[:, slots, :, :, :P].set(new.k, mode="drop"), v.at[:, slots, :, :P].set(new.v, mode="drop"))
+        _placed(Cache(k.at[:, slots, :, :, :P].set(new.k, mode="drop"), v.at[:, slots, :, :P].set(new.v, mode="drop")))
         for (k, v), new in zip(state.cache, apart.split(cache, len(state.cache)))
     ]
     table = state.table
@@ -333,7 +342,7 @@ def _decode(
         positions = state.position[:, None] + jnp.arange(T)
         arrays = tokens, ones, positions, apart.join(state.cache)
         hidden, cache = _forward(model, apart.put_together(params), *arrays, positions + 1)
-        state = state._replace(cache=apart.split(cache, len(state.cache)))
+        state = state._replace(cache=apart.split(_placed(cache), len(state.cache)))
         after, new = _take(model, params, state, hidden, tokens, sampling, stops)
         taken = after.position - state.position
         if state.table is not None:
@@ -357,7 +366,7 @@ def _resized(state: State, length: int) -> State:
         # or the compiler makes it a padding, which a CPU does element by element
         return jnp.concatenate([x, jax.lax.optimization_barrier(room)], axis)
 
-    return state._replace(cache=[Cache(resized(k, 4), resized(v, 3)) for k, v in state.cache])
+    return state._replace(cache=[_placed(Cache(resized(k, 4), resized(v, 3))) for k, v in state.cache])
 
 
 def _seen(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> np.ndarray:

@@ -95,15 +95,14 @@ def mesh_over(found: list[Any], sizes: dict[str, int], slices: int) -> Any:
 
 
 def lower(job: Any, mesh: Any) -> Any:
-    """The compiler's input: the step as the loop jits it, its state donated and kept where it is."""
+    """The compiler's input, as the loop has it."""
     import jax
 
     from sftjax.plan.step import compiling_for, placed
+    from sftjax.train import loop
 
-    state, frozen, batch = placed(job, mesh)
-    homes = jax.tree.map(lambda x: x.sharding, state)
     with compiling_for(job.platform), jax.set_mesh(mesh):
-        return jax.jit(job.step, donate_argnums=0, out_shardings=(homes, None)).lower(state, frozen, batch)
+        return loop.lower(job.step, *placed(job, mesh))
 
 
 def measure(lowered: Any) -> tuple[Compiled, Any]:

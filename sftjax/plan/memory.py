@@ -112,7 +112,7 @@ class Estimator:
         self.parameters = by_kind(frozen, state.trainable)
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
         self.offloaded = total(state.opt_state, host=True)
-        self.rollout = Rollout(job, self.sizes) if job.answers else None
+        self.rollout = Rollout(job, self.sizes) if job.rolls_out else None
         self.wide = wide_kernel(job, self.sizes)
         head = next((name for name in ("score", "head") if name in job.params), "embed")
         self.head_trains = bool(jax.tree.leaves(state.trainable.get(head)))
@@ -141,7 +141,7 @@ class Estimator:
     def at(self, rows: float | None = None, remat: str | None = None, accumulate: bool | None = None) -> Memory:
         job, c = self.job, self.job.decoder.config
         rows, remat = rows or self.rows, remat or job.decoder.remat
-        accumulate = job.micro_batches > 1 if accumulate is None else accumulate
+        accumulate = job.accumulates if accumulate is None else accumulate
         tokens, tensor = self.tokens(rows), self.sizes["tensor"]
         keeps, whole = self.kept(remat).bytes(tokens, tensor), self.kept("none").bytes(tokens, tensor)
         width, outputs = jnp.dtype(job.decoder.dtype).itemsize, len(c.labels) or c.vocab
@@ -158,7 +158,7 @@ class Estimator:
         if self.offloaded:  # all of it comes for the update, when these are gone
             parts["optimiser, in passing"] = max(0.0, self.offloaded - keeps - max(logits, layer, hidden))
         if self.rollout:  # the update comes after its answers
-            update = keeps + max(logits, layer, hidden) + parts["gradients"]
+            update = keeps + max(logits, layer, hidden) + parts["gradients"] + parts.get("optimiser, in passing", 0.0)
             parts[ANSWERS] = max(0.0, self.rollout.bytes() - update)
         parts["program"] = PROGRAM
         return Memory(parts)

@@ -21,7 +21,7 @@ from sftjax.plan.chips import CHIPS, GIB, MIB, SHAPES, Chip, Topology, parse
 from sftjax.plan.flops import Work, count
 from sftjax.plan.memory import POLICIES, Estimator
 from sftjax.plan.speed import EFFICIENCY, sizes_text, step_time
-from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry
+from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry, refuse_unplanned
 from sftjax.tasks.job import check_batch, check_length, check_routers
 from sftjax.tasks.rollouts import row_length
 from sftjax.train.progress import compact, duration, model_flops_per_token
@@ -70,6 +70,14 @@ def plan(
         raise UserError(f"--price={price}: no time is estimated for a CPU, so it has no price; leave it out")
     if where and compile:
         exact.ready(where)
+    refuse_unplanned(config)
+    if config.task in ROLLOUTS:
+        pipeline.room(config, "prompts")
+        if where and where.devices > where.chip.host:
+            raise UserError(
+                f"--topology={topology}: {where.devices} chips are more than one host's {where.chip.host}, and --config.task="
+                f"{config.task} runs on one host so far"
+            )
     rows = read_rows(config)
     if where and where.chip.name == "t4" and config.model.dtype is None:  # as a run there decides: it has no bfloat16
         config = config.copy_and_resolve_references()
@@ -77,8 +85,6 @@ def plan(
     job = open_dry(config, rows.length, platform(where.chip) if where else "tpu")
     check_length(config, job.base)
     check_routers(config, job.base)
-    if job.answers:
-        pipeline.room(config, "prompts")
     on = estimator(job, where)
     with compiling_for(job.platform):
         work = count(job.step, job.state, job.frozen, job.batch)
@@ -150,7 +156,7 @@ def memory(on: Estimator, where: Topology, say: Say) -> dict[str, Any]:
     left = f"fits, {(has - m.peak) / GIB:.2f} to spare" if fits else f"does not fit, by {(m.peak - has) / GIB:.2f}"
     say(f"  {'peak':<32}{m.peak / of:>8.2f}  of {has / GIB:.2f} GiB: {left}")
     if abs(m.peak / has - 1) < WITHIN:
-        ask = "; --exact asks the compiler" if where.chip.torus else ""
+        ask = "; --exact asks the compiler" if where.chip.torus and m.peak == m.update else ""
         say(f"  that is close: the estimate may be {100 * WITHIN:.0f} % off{ask}")
     tokens = on.tokens()
     kept = {name: on.kept(name).bytes(tokens, on.sizes["tensor"]) for name in POLICIES}
@@ -170,20 +176,20 @@ def unit_of(peak: float) -> tuple[str, float]:
 
 
 def largest(on: Estimator, has: float) -> int:
-    """Rows at a time on one chip, 0 where not even one fits. The peak grows with them."""
-    if on.at(1).peak > has:
+    """Rows at a time on one chip that an update has room for, 0 where not even one fits. Its peak grows with them."""
+    if on.at(1).update > has:
         return 0
     low, high = 1, 2
-    while on.at(high).peak <= has and high < 2**20:
+    while on.at(high).update <= has and high < 2**20:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if on.at(middle).peak <= has else (low, middle)
+        low, high = (middle, high) if on.at(middle).update <= has else (low, middle)
     return low
 
 
 def arithmetic(job: Dry, work: Work, say: Say) -> dict[str, Any]:
-    tokens = job.rows * job.length
+    tokens = job.rows * job.length * job.epochs
     by_formula = model_flops_per_token(job.decoder.config, job.params, job.mask, job.length)
     say(
         f"{big(work.flops)}FLOP a step as its products are counted, {big(work.flops / tokens)}FLOP a token: "
@@ -306,6 +312,11 @@ def suggest(config: ConfigDict, on: Estimator, where: Topology, say: Say) -> lis
 
 
 def changes(config: ConfigDict, on: Estimator, where: Topology) -> Iterator[tuple[str, dict[str, str], Topology]]:
+    if on.rollout:  # fewer answers under way, of as many to a prompt
+        n = config.train.batch_size
+        while n % (2 * on.shards * config.grpo.num_generations * config.grpo.num_mini_batches) == 0:
+            n //= 2
+            yield f"batch_size={n}", {"train.batch_size": str(n)}, where
     remat = {} if config.model.remat == "block" else {"model.remat": "block"}
     least = {} if on.rows <= 1 else {"train.micro_batch": str(on.shards)}
     spread = {"mesh.data": "1", "mesh.fsdp": "-1"} if where.devices > 1 and on.sizes["fsdp"] < where.devices else {}
@@ -327,13 +338,13 @@ def changes(config: ConfigDict, on: Estimator, where: Topology) -> Iterator[tupl
         yield "QLoRA", {"method": "lora", "model.quantize": "nf4"} | reset | remat | least, where
     if where.chip.torus:
         for n, shape in SHAPES[where.chip.torus].items():
-            if where.devices < n <= 64:
+            if where.devices < n <= (where.chip.host if on.rollout else 64):
                 rows = str(math.ceil(config.train.batch_size / n) * n)
                 keys = {"mesh.data": "1", "mesh.fsdp": "-1"} | remat | {"train.batch_size": rows, "train.micro_batch": str(n)}
                 yield f"fsdp={n}", keys, Topology(where.chip, n, 1, shape)
     elif where.chip.name != "cpu":
         for n in (2, 4, 8, 16):
-            if where.devices < n:
+            if where.devices < n and not (on.rollout and n > where.chip.host):
                 rows = str(math.ceil(config.train.batch_size / n) * n)
                 keys = {"mesh.data": "1", "mesh.fsdp": "-1"} | remat | {"train.batch_size": rows, "train.micro_batch": str(n)}
                 yield f"fsdp={n}", keys, Topology(where.chip, n)

@@ -16,16 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sftjax import sharding
+from sftjax import sharding, tree
+from sftjax.generate.flight import AHEAD
 from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, head, init_cache
 from sftjax.plan.chips import Chip
 from sftjax.plan.flops import count
 from sftjax.plan.step import Dry, compiling_for
 from sftjax.weights import kinds
+from sftjax.weights.lora import still
+from sftjax.weights.quantize import Quantised
 
 LOGITS = 12  # bytes of each logit that is drawn from: itself, the noise and their sum
-GROWN = 1.5  # a cache that has doubled is there beside its half
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,31 @@ class Rollout:
 
     @cached_property
     def params(self) -> Any:
-        return jax.eval_shape(partial(kinds.cast, dtype=self.job.decoder.dtype), self.job.params)
+        return jax.eval_shape(lambda params: kinds.cast(still(params), self.job.decoder.dtype), self.job.params)
+
+    @property
+    def cached(self) -> float:
+        """Bytes of the cache on one chip."""
+        tensor = self.sizes["tensor"] if self.job.decoder.config.kv_heads % self.sizes["tensor"] == 0 else 1
+        return sum(x.size * x.dtype.itemsize for x in self.cache) / self.shards / tensor
 
     def bytes(self) -> float:
         """On one chip, beside the run's state: the cache, weights that are not in the compute dtype, and a pass's logits."""
         c, tensor = self.job.decoder.config, self.sizes["tensor"]
-        pairs = zip(jax.tree.leaves(self.params), jax.tree.leaves(self.job.params))
-        copied = sum(x.size * x.dtype.itemsize for x, own in pairs if x.dtype != own.dtype)
-        cache = GROWN * nbytes(self.cache) / self.shards / (tensor if c.kv_heads % tensor == 0 else 1)
-        return cache + copied / self.sizes["fsdp"] / tensor + LOGITS * self.slots * c.vocab / self.shards / tensor
+        own = dict(tree.flatten(self.job.params))
+        cut = "lower" in self.job.params  # its two stacks become one, which is another
+        copied = sum(
+            x.size * x.dtype.itemsize
+            for path, w in tree.flatten(self.params).items()
+            for x, was in zip(jax.tree.leaves(w), jax.tree.leaves(own[path]))
+            if x.dtype != was.dtype or (cut and path.startswith(("lower/", "layers/")))
+        )
+        grown = 1.5 if self.longest > AHEAD else 1.0  # when it has doubled, it is there beside its half
+        return grown * self.cached + copied / self.sizes["fsdp"] / tensor + LOGITS * self.slots * c.vocab / self.shards / tensor
 
     @cached_property
-    def flops(self) -> float:
-        """Of all chips: every token of a prompt and of an answer passes once."""
+    def a_pass(self) -> float:
+        """FLOPs of all chips for a token of every answer."""
         job, c = self.job, self.job.decoder.config
         ids = jax.ShapeDtypeStruct((self.slots, 1), jnp.int32)
         decoder = replace(job.decoder, remat="none")
@@ -77,22 +91,25 @@ class Rollout:
             return kinds.matmul(hidden, head(params, c)), cache
 
         with compiling_for(job.platform):
-            a_pass = count(one, self.params, ids, self.cache).flops
-        return a_pass * job.length
+            return count(one, self.params, ids, self.cache).flops
 
     def seconds(self, chip: Chip, devices: int, efficiency: float) -> float:
-        """Every pass reads the weights, which fsdp's chips fetch from each other, and the cache. Then who is to be compared
-        with the policy looks at the answers, all at once."""
+        """The prompts, then a pass for every token, which reads the weights, that fsdp's chips fetch from each other, and the
+        cache; then who is to be compared with the policy looks at the answers, all at once.
+        """
         assert chip.flops and chip.bandwidth
-        tensor, fsdp = self.sizes["tensor"], self.sizes["fsdp"]
-        weights = nbytes(self.params) / tensor
-        c = self.job.config.grpo
-        looks = bool(c.beta) + (c.num_iterations * c.num_mini_batches > 1)  # of the reference, and of the policy that answered
-        once = self.flops / devices / chip.flops
-        read = self.longest * (weights + nbytes(self.cache) / self.shards / tensor) / chip.bandwidth
-        fetched = self.longest * weights * (fsdp - 1) / fsdp / (chip.link / 2) if fsdp > 1 else 0.0
-        return (max(once, read, fetched) + looks * once) / efficiency
+        fsdp = self.sizes["fsdp"]
+        weights = self.read() / self.sizes["tensor"]
+        once = self.a_pass / devices / chip.flops
+        fetched = weights * (fsdp - 1) / fsdp / (chip.link / 2) if fsdp > 1 else 0.0
+        passes = self.longest * max(once, (weights + self.cached) / chip.bandwidth, fetched)
+        c, length = self.job.config.grpo, self.job.length
+        looks = bool(c.beta) + (self.job.updates > 1)  # of the reference, and of the policy that answered
+        return (passes + (length - self.longest) * once + looks * length * once) / efficiency
 
-
-def nbytes(part: Any) -> float:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part))
+    def read(self) -> float:
+        """Bytes of the weights that a pass reads; what is quantised is written wide, and read again."""
+        width = jnp.dtype(self.job.decoder.dtype).itemsize
+        whole = jax.tree.leaves(self.params, is_leaf=lambda w: isinstance(w, Quantised))
+        wide = sum(2 * math.prod(w.shape) * width for w in whole if isinstance(w, Quantised))
+        return wide + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.params))

@@ -44,10 +44,10 @@ def step_time(work: Work, on: Estimator, topology: Topology, efficiency: float =
     chip, n = topology.chip, topology.devices
     if not chip.flops or not chip.bandwidth:
         return None
-    state = 2 * (on.trained + on.optimiser) + on.trained  # read and written once a step, the gradients read
+    state = on.job.updates * (2 * (on.trained + on.optimiser) + on.trained)  # read and written, the gradients read
     network = exchanged(on) / (chip.link / 2)  # a link's figure counts both directions
     if topology.slices > 1:
-        network += 2 * on.trained * (topology.slices - 1) / topology.slices / DCN
+        network += 2 * on.job.updates * on.trained * (topology.slices - 1) / topology.slices / DCN
     answers = on.rollout.seconds(chip, n, efficiency) if on.rollout else 0.0
     return StepTime(work.flops / n / chip.flops, (work.traffic / n + state) / chip.bandwidth, network, efficiency, answers)
 
@@ -69,9 +69,9 @@ def exchanged(on: Estimator) -> float:
 
     width = jnp.dtype(job.decoder.dtype).itemsize
     weights = (on.frozen + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
-    total = job.micro_batches * others("fsdp") * (2 * weights + on.trained * sizes["fsdp"])
-    total += 2 * others("data", "sequence", "expert") * on.trained
-    values = on.tokens() * job.micro_batches * c.layers * width  # bytes of one number a token in all layers
+    total = job.epochs * job.micro_batches * others("fsdp") * (2 * weights + on.trained * sizes["fsdp"])
+    total += 2 * job.updates * others("data", "sequence", "expert") * on.trained
+    values = on.tokens() * job.epochs * job.micro_batches * c.layers * width  # bytes of one number a token in all layers
     total += 2 * others("tensor") * 4 * values * c.width
     total += 2 * others("sequence") * values * 2 * (c.heads + c.kv_heads) * c.head_dim / sizes["tensor"]
     return total + (4 * (sizes["expert"] - 1) * values * c.width if c.experts else 0)

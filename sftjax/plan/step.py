@@ -45,7 +45,7 @@ from sftjax.weights import method
 from sftjax.weights.lora import rates
 
 STEPS = 1000  # of the schedule: they change no shape
-ANSWERS = 4  # of a ranking, whose rewards are next to nothing beside the rest
+RANKED = 4  # answers of a ranking, whose rewards are next to nothing beside the rest
 
 
 @dataclass
@@ -86,14 +86,28 @@ class Dry:
     @property
     def micro_batches(self) -> int:
         """Parts that a batch goes in."""
-        if self.answers:
+        if self.rolls_out:
             return grpo_task.cut(self.config) * self.config.grpo.num_mini_batches
         return self.rows // (self.config.train.micro_batch or self.rows)
 
     @property
-    def answers(self) -> bool:
+    def accumulates(self) -> bool:
+        """Whether gradients of several parts are summed before an update."""
+        return self.micro_batches > (self.config.grpo.num_mini_batches if self.rolls_out else 1)
+
+    @property
+    def rolls_out(self) -> bool:
         """Whether the model makes what it learns from."""
         return self.config.task in ROLLOUTS
+
+    @property
+    def epochs(self) -> int:
+        """Times that a step goes over its batch."""
+        return self.config.grpo.num_iterations if self.rolls_out else 1
+
+    @property
+    def updates(self) -> int:
+        return self.epochs * (self.config.grpo.num_mini_batches if self.rolls_out else 1)
 
     @cached_property
     def forward(self) -> Callable[..., Any]:
@@ -102,14 +116,14 @@ class Dry:
     @cached_property
     def step(self) -> Callable[..., Any]:
         c = self.config
-        if self.answers:
+        if self.rolls_out:
             return grpo_task.step_of(c, self.loss, self.optimizer)
         return make_step(self.loss, self.optimizer, seed=c.seed, micro_batches=self.micro_batches, clip=c.optim.clip)
 
     @cached_property
     def batch(self) -> Batch | Referred | Rollouts:
         shape = (self.rows, self.length)
-        if self.answers:
+        if self.rolls_out:
             of = {"tokens": jnp.int32, "segments": jnp.int32, "positions": jnp.int32}
             return Rollouts(*(jax.ShapeDtypeStruct(shape, of.get(name, jnp.float32)) for name in Rollouts._fields))
         made = Batch(*(jax.ShapeDtypeStruct(shape, t) for t in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
@@ -123,13 +137,17 @@ def open_dry(config: ConfigDict, length: int | None = None, platform: str = "tpu
     """The job of a config whose `model.path` may be a directory with nothing but a config.json. Raises UserError."""
     if not config.model.path:
         raise UserError("model.path is empty; give a Hugging Face directory or hub id, e.g. --config.model.path=Qwen/Qwen3-0.6B")
+    refuse_unplanned(config)
+    directory = resolve(config.model.path, config.model.revision)
+    return Dry(config, load_config(directory), checkpoint_dtype(directory), length or config.data.max_length, platform, directory)
+
+
+def refuse_unplanned(config: ConfigDict) -> None:
     if config.task == "ppo":
         raise UserError(
             "--config.task=ppo: a value beside the policy is not planned yet; --config.task=grpo with the same model and answers "
             "is nearest, and takes less"
         )
-    directory = resolve(config.model.path, config.model.revision)
-    return Dry(config, load_config(directory), checkpoint_dtype(directory), length or config.data.max_length, platform, directory)
 
 
 def checkpoint_dtype(directory: Path) -> Any:
@@ -210,7 +228,7 @@ LOSSES: dict[str, Callable[[Dry], Loss]] = {
     "dpo": lambda job: dpo(
         job.forward, reference=_reference(job) if dpo_task.refers(job.config) else None, **dpo_task.options(job.config)
     ),
-    "reward": lambda job: reward_task.loss_of(job.config.reward, job.forward, ANSWERS),
+    "reward": lambda job: reward_task.loss_of(job.config.reward, job.forward, RANKED),
     "grpo": _grpo,
     "kto": lambda job: kto(job.forward, reference=_reference(job), **kto_task.options(job.config)),
 }

@@ -28,6 +28,7 @@ from sftjax.tasks.job import Job, eval_rows
 from sftjax.tasks.rewards import Answered
 from sftjax.train.meter import Tally
 from sftjax.train.run import read_metrics
+from sftjax.weights import kinds
 from sftjax.weights.select import uncut
 
 SHOWN = 100  # held-out answers kept for the report
@@ -61,8 +62,10 @@ class Actor:
         asked = {i: rows.example(i) for i in dict.fromkeys(numbers)}
         questions = {i: question(job.chat, example) for i, example in asked.items()}
         policy = {name: part for name, part in params.items() if name not in BESIDE}
+        if "lower" in policy:  # in one dtype, or their one stack would take the wider of the two
+            policy = uncut(kinds.cast(policy, job.decoder.dtype))
         with jax.set_mesh(job.mesh):
-            engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(policy), stop_ids=job.chat.stop_ids, share=True)
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), policy, stop_ids=job.chat.stop_ids, share=True)
             made = engine.generate(
                 [questions[i].ids for i in numbers],
                 max_new_tokens=self.longest,

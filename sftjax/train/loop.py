@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.stages import Compiled
+from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from sftjax import hosts
@@ -124,7 +124,9 @@ def fit(
                 batch, collected = collect(step, state, batch)
             batch = hosts.to_devices(batch, mesh)
             if compiled is None:
-                compiled, tally.compile_s = compiling(step_fn, state, frozen, batch)
+                began = time.perf_counter()
+                compiled = lower(step_fn, state, frozen, batch).compile()
+                tally.compile_s = time.perf_counter() - began
                 meter.start()
             began = time.perf_counter()
             state, metrics = compiled(state, frozen, batch)  # a batch of another shape would be an error
@@ -172,12 +174,10 @@ def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def compiling(step: Step, state: State, frozen: Any, batch: Any) -> tuple[Compiled, float]:
-    """The step for arrays like these, which takes the state's memory for the new one, and the seconds that compiling took."""
-    began = time.perf_counter()
+def lower(step: Step, state: State, frozen: Any, batch: Any) -> Lowered:
+    """The compiler's input: the step for arrays like these, its state donated and the new one where the old one is."""
     homes = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(homes, None)).lower(state, frozen, batch).compile()
-    return compiled, time.perf_counter() - began
+    return jax.jit(step, donate_argnums=0, out_shardings=(homes, None)).lower(state, frozen, batch)
 
 
 def freed(state: State) -> State:

@@ -355,6 +355,19 @@ def test_sharded_equals_single():
             assert Engine(Decoder(CONFIG), params).generate(PROMPTS, max_new_tokens=10, draft_tokens=n) == expected
 
 
+def test_a_device_of_a_mesh_has_its_own_rows_and_heads_of_the_cache(monkeypatch):
+    monkeypatch.setattr(module, "AHEAD", 8)  # and the cache grows on the way
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
+        flight = Engine(Decoder(CONFIG), params)._flight(8, 60, 0, 0, {})
+        flight.join(range(5), PROMPTS)
+        while len(flight.free) < 8:
+            for x in jax.tree.leaves(flight.state.cache):
+                assert [whole // own for whole, own in zip(x.shape, x.sharding.shard_shape(x.shape))] == [1, 4, 2, 1, 1]
+            flight.next()
+
+
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105"])
 def test_greedy_equals_transformers_on_real_checkpoints(shared, name):
     import torch
