@@ -307,6 +307,16 @@ def test_updates_of_the_same_answers_cost_their_time_and_only_accumulating_memor
     assert work[1] == pytest.approx(work[0])
 
 
+def test_fewer_answers_are_offered_once_and_with_parts_that_divide(tmp_path):
+    c, _ = golden_plan.config("qwen3_grpo", tmp_path)
+    more = {"train.batch_size": 128, "train.micro_batch": 64, "grpo.num_mini_batches": 2, "grpo.num_generations": 2}
+    for key, value in more.items():
+        override(c, key, str(value))
+    found = [each["keys"] for each in report.plan(c, "v5e-1", say=lambda _: None)["suggestions"]]
+    (fewer,) = [keys for keys in found if "train.batch_size" in keys and "mesh.fsdp" not in keys]
+    assert int(fewer["train.micro_batch"]) == int(fewer["train.batch_size"]) // 2 < 64  # an update's
+
+
 def test_what_answers_read_is_the_kinds(tmp_path):
     """DoRA's norms are taken once, so that it costs what LoRA costs; what is quantised is written wide to be read."""
     plain, dora, nf4 = (of_policy(tmp_path, **extra).rollout for extra in ({}, {"lora.dora": True}, {"model.quantize": "nf4"}))

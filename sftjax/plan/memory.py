@@ -138,10 +138,9 @@ class Estimator:
             self.policies[remat] = kept(self.job, remat)
         return self.policies[remat]
 
-    def at(self, rows: float | None = None, remat: str | None = None, accumulate: bool | None = None) -> Memory:
+    def at(self, rows: float | None = None, remat: str | None = None) -> Memory:
         job, c = self.job, self.job.decoder.config
         rows, remat = rows or self.rows, remat or job.decoder.remat
-        accumulate = job.accumulates if accumulate is None else accumulate
         tokens, tensor = self.tokens(rows), self.sizes["tensor"]
         keeps, whole = self.kept(remat).bytes(tokens, tensor), self.kept("none").bytes(tokens, tensor)
         width, outputs = jnp.dtype(job.decoder.dtype).itemsize, len(c.labels) or c.vocab
@@ -151,7 +150,7 @@ class Estimator:
             block = max(block_size(self.head_trains), rows * outputs / tensor)  # a token of each row at least
         logits = LOGITS * (2 if self.rollout else 1) * min(block, tokens * outputs / tensor)
         parts = {**self.parameters, "optimiser": self.optimiser}
-        parts["gradients"] = self.trained * (2 if accumulate else 1) + self.tied
+        parts["gradients"] = self.trained * (2 if job.accumulates else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps
         parts["logits block"] = logits
         parts["or a layer's temporaries, more"] = max(0.0, layer - logits, hidden - logits)  # they come after the logits

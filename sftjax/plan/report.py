@@ -288,21 +288,23 @@ def compiled(job: Dry, on: Estimator, where: Topology, say: Say) -> dict[str, An
 
 def suggest(config: ConfigDict, on: Estimator, where: Topology, say: Say) -> list[dict[str, Any]]:
     """What fits instead, the mildest change first."""
-    found = []
+    found, told = [], set()
     for text, keys, place in changes(config, on, where):
+        if (what := (tuple(keys), str(place))) in told:
+            continue  # a milder change of the same fits
         c = config.copy_and_resolve_references()
         try:
             for key, value in keys.items():
                 override(c, key, value)
             check(c)
-            other = estimator(open_dry(c, on.job.length, on.job.platform), place)
+            peak = estimator(open_dry(c, on.job.length, on.job.platform), place).at().peak
         except UserError:
             continue  # a change that does not go with the rest of the config
-        peak = other.at().peak
         if peak <= place.chip.memory:
             words = " ".join(f"--config.{key}={value}" for key, value in keys.items())
             more = f"--topology={place}" if place != where else ""
             say(f"  {text} fits: {peak / GIB:.2f} GiB ({' '.join(filter(None, (words, more)))})")
+            told.add(what)
             found.append({"change": text, "keys": keys, "topology": str(place), "peak": peak})
             if len(found) == 3:
                 break
@@ -313,10 +315,11 @@ def suggest(config: ConfigDict, on: Estimator, where: Topology, say: Say) -> lis
 
 def changes(config: ConfigDict, on: Estimator, where: Topology) -> Iterator[tuple[str, dict[str, str], Topology]]:
     if on.rollout:  # fewer answers under way, of as many to a prompt
-        n = config.train.batch_size
-        while n % (2 * on.shards * config.grpo.num_generations * config.grpo.num_mini_batches) == 0:
+        n, minibatches, micro = config.train.batch_size, config.grpo.num_mini_batches, config.train.micro_batch
+        while n % (2 * on.shards * config.grpo.num_generations * minibatches) == 0:
             n //= 2
-            yield f"batch_size={n}", {"train.batch_size": str(n)}, where
+            part = {} if not micro or n // minibatches % micro == 0 else {"train.micro_batch": str(n // minibatches)}
+            yield f"batch_size={n}", {"train.batch_size": str(n)} | part, where
     remat = {} if config.model.remat == "block" else {"model.remat": "block"}
     least = {} if on.rows <= 1 else {"train.micro_batch": str(on.shards)}
     spread = {"mesh.data": "1", "mesh.fsdp": "-1"} if where.devices > 1 and on.sizes["fsdp"] < where.devices else {}

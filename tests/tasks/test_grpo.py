@@ -20,6 +20,7 @@ from sftjax.evaluate.heldout import Question
 from sftjax.generate.engine import Engine
 from sftjax.losses.policy import action_logps, grpo, logps_and_entropy
 from sftjax.models.decoder import Output
+from sftjax.tasks import rollouts
 from sftjax.tasks.grpo import experience
 from sftjax.tasks.job import Job
 from sftjax.tasks.rewards import Answered, Rewards
@@ -170,6 +171,18 @@ def test_the_policys_own_arrays_answer(job, acted):
     assert len({tuple(a.ids) for a in answers[:G]}) > 1  # each answer has its own randomness
     for a in answers:
         assert a.stopped == (a.ids[-1] in job.chat.stop_ids)
+
+
+def test_of_layers_in_two_stacks_answers_are_made_in_one_dtype(world, tmp_path, monkeypatch):
+    """The last one trains in float32: joined as they are, all would be."""
+    job = Job(world(method="freeze", **{"freeze.last_n_layers": 1, "model.dtype": "bfloat16"}), tmp_path / "run")
+    given = []
+    monkeypatch.setattr(
+        rollouts, "Engine", lambda model, params, **options: given.append(params) or Engine(model, params, **options)
+    )
+    actor = Actor(job, job.config.grpo, Rewards("exact_match"))
+    actor.sample(tree.join(job.trainable, job.frozen), job.splits.train, np.array([3]), step=0)
+    assert "lower" not in given[0] and {x.dtype for x in jax.tree.leaves(given[0]["layers"])} == {jnp.dtype("bfloat16")}
 
 
 def test_prompts_come_once_an_epoch(job, world):
