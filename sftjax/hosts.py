@@ -64,6 +64,14 @@ def fetch(arrays: Any) -> Any:
     return jax.device_get(here)
 
 
+def of_first(value: np.ndarray) -> np.ndarray:
+    """Process 0's numbers on every process, where all have an array of one shape and dtype."""
+    if not many():
+        return value
+    found = gather(np.frombuffer(value.tobytes(), np.uint8))[0]
+    return np.frombuffer(found.tobytes(), value.dtype).reshape(value.shape)
+
+
 def which(true: Any) -> list[int]:
     """The processes where something is true."""
     return np.flatnonzero(gather(bool(true))).tolist()
@@ -156,6 +164,11 @@ def own_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a batch of so many this process's devices hold; all of them where there is one process."""
     each = rows // sharding.batch_shards(mesh)
     return [row for part in own_shards(mesh) for row in range(part * each, (part + 1) * each)]
+
+
+def own(batch: T, mesh: Mesh) -> T:
+    """This process's rows of a batch that every process holds whole."""
+    return jax.tree.map(lambda x: x[own_rows(mesh, len(x))], batch) if many() else batch
 
 
 def to_devices(batch: T, mesh: Mesh) -> T:

@@ -126,6 +126,11 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     return tree.map_leaves(lambda path, x: _leaf(path, x, logical_axes(path, len(x.shape)), mesh), params)
 
 
+def placed(params: Any, mesh: Mesh) -> Any:
+    """`params` on the mesh; what lies there already is the same array."""
+    return jax.tree.map(lambda x, home: x if x.sharding == home else jax.device_put(x, home), params, shardings(params, mesh))
+
+
 def parts(weight: Any, axes: tuple[str | None, ...], spec: Callable[[tuple[str | None, ...]], Any]) -> Any:
     """A tree of `weight`'s shape: spec(logical axes) of each of its arrays, where `axes` are those of the kernel."""
     if not dataclasses.is_dataclass(weight) or isinstance(weight, type):

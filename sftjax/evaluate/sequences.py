@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from sftjax import hosts
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.data.chat import Chat
@@ -49,7 +50,7 @@ def classify(model: Model, texts: Sequence[str], *, batch_size: int = 16) -> tup
 
 def rewards(model: Model, conversations: Sequence[Sequence[Message | dict[str, Any]]], *, batch_size: int = 16) -> np.ndarray:
     """[n] float32: the reward of each conversation's last answer, through the model's own template. Raises UserError."""
-    refuse_no_reward(model)
+    refuse_no_reward(model.directory, model.config.labels)
     chat = Chat(model.tokenizer)
     try:
         sequences = [chat.tokenise(chat.render(messages))[0] for messages in conversations]
@@ -58,10 +59,11 @@ def rewards(model: Model, conversations: Sequence[Sequence[Message | dict[str, A
     return score(model, sequences, batch_size=batch_size)[:, 0]
 
 
-def refuse_no_reward(model: Model) -> None:
-    if len(model.config.labels) != 1:
-        has = f"one of {len(model.config.labels)} labels" if model.config.labels else "none"
-        raise UserError(f"{model.directory}: a reward model has a score head of one number, this has {has}")
+def refuse_no_reward(of: Any, labels: Sequence[str]) -> None:
+    """Raises UserError where these are not what a reward model's score head says."""
+    if len(labels) != 1:
+        has = f"one of {len(labels)} labels" if labels else "none"
+        raise UserError(f"{of}: a reward model has a score head of one number, this has {has}")
 
 
 def score(model: Model, sequences: Sequence[Sequence[int]], *, batch_size: int = 16) -> np.ndarray:
@@ -76,7 +78,7 @@ def score(model: Model, sequences: Sequence[Sequence[int]], *, batch_size: int =
         rows = [[(np.asarray(sequences[i], np.int32), np.zeros(len(sequences[i]), np.float32), 1)] for i in here]
         length = max(LEAST, 1 << (len(sequences[here[0]]) - 1).bit_length())
         batch = assemble(rows + [[]] * (batch_size - len(rows)), length)
-        out[here] = np.asarray(_scores(model.module, model.params, batch))[: len(here)]
+        out[here] = hosts.fetch(_scores(model.module, model.params, batch))[: len(here)]
     return out
 
 

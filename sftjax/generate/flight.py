@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sftjax import sharding
+from sftjax import hosts, sharding
 from sftjax.generate import apart, draft
 from sftjax.generate.sampling import Sampling, next_token
 from sftjax.generate.shapes import power
@@ -180,7 +180,7 @@ class Flight:
             self.state, made = _decode(
                 *self.decoding, self.state, self.sampling, self.stops, *bounds, draft_tokens=self.draft_tokens
             )
-        firsts, made, left = jax.device_get(([f for _, f in fresh], made, self.state.left))
+        firsts, made, left = hosts.fetch(([f for _, f in fresh], made, self.state.left))
         for (slots, _), first in zip(fresh, firsts):
             new |= {slot: [int(token)] for slot, token in zip(slots, first)}
         for slot in busy.tolist():

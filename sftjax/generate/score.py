@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sftjax import hosts
 from sftjax.data.batch import Batch
 from sftjax.generate.sampling import greedy
 from sftjax.generate.shapes import between, power
@@ -48,7 +49,7 @@ def score_batch(
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
         at[row, : len(continuation)] = np.arange(len(prompt) - 1, len(ids))
         targets[row, : len(continuation)] = continuation
-    logps, same = jax.device_get(_score(model, params, tokens, segments, at, targets))
+    logps, same = hosts.fetch(_score(model, params, tokens, segments, at, targets))
     return [Scored(logps[row, :n], same[row, :n]) for row, n in enumerate(counts)]
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from sftjax import sharding
 from sftjax.data.batch import Batch
 from sftjax.data.tokenizer import open_tokenizer
 from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
@@ -57,22 +59,27 @@ def load(
     dtype: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Opens a local Hugging Face directory or a hub id, with a PEFT adapter over it where one is given. Raises UserError.
 
     `quantize` (nf4 or int8) keeps the layers' kernels in so few bits, as they are read. `dtype` is the compute dtype: None is
     bfloat16 on accelerators (float16 on GPUs that have none) and float32 on a CPU. A tokenizer and a chat template that lie
-    with the adapter are what it was trained with, and go before the base's.
+    with the adapter are what it was trained with, and go before the base's. The parameters lie on the first device, or are
+    spread over `mesh`.
     """
     directory = resolve(path, revision)
     config = load_config(directory)
     beside = resolve(adapter, needs="adapter_config.json") if adapter else None
-    params = load_params(directory, config, quantisers=quantisers(shapes(config), quantize) if quantize else None)
+    homes = sharding.shardings(shapes(config), mesh) if mesh else None
+    few_bits = quantisers(shapes(config), quantize) if quantize else None
+    params = load_params(directory, config, shardings=homes, quantisers=few_bits)
     tokenizer = open_tokenizer(directory, beside, trust_remote_code)
     if beside:
         params, config = with_head(params, config, beside)
         params, config = resize_embeddings(params, config, len(tokenizer))  # for the tokens that it adds
         params = load_adapter(params, beside)
+        params = sharding.placed(params, mesh) if mesh else params
     return Model(Decoder(config, compute_dtype(dtype)), params, tokenizer, config, directory)
 
 

@@ -28,11 +28,6 @@ class Chip:
     cores: int = 1  # that a slice's name counts a chip
     torus: int = 0  # dimensions; 0 is no TPU
 
-    @property
-    def host(self) -> int:
-        """Chips that one host has at most."""
-        return 4 if self.torus == 3 else 8
-
 
 GB, MIB, GIB, TERA = 1e9, 2**20, 2**30, 1e12
 CHIPS = {

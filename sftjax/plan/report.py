@@ -73,11 +73,6 @@ def plan(
     refuse_unplanned(config)
     if config.task in ROLLOUTS:
         pipeline.room(config, "prompts")
-        if where and where.devices > where.chip.host:
-            raise UserError(
-                f"--topology={topology}: {where.devices} chips are more than one host's {where.chip.host}, and --config.task="
-                f"{config.task} runs on one host so far"
-            )
     rows = read_rows(config)
     if where and where.chip.name == "t4" and config.model.dtype is None:  # as a run there decides: it has no bfloat16
         config = config.copy_and_resolve_references()
@@ -341,13 +336,13 @@ def changes(config: ConfigDict, on: Estimator, where: Topology) -> Iterator[tupl
         yield "QLoRA", {"method": "lora", "model.quantize": "nf4"} | reset | remat | least, where
     if where.chip.torus:
         for n, shape in SHAPES[where.chip.torus].items():
-            if where.devices < n <= (where.chip.host if on.rollout else 64):
+            if where.devices < n <= 64:
                 rows = str(math.ceil(config.train.batch_size / n) * n)
                 keys = {"mesh.data": "1", "mesh.fsdp": "-1"} | remat | {"train.batch_size": rows, "train.micro_batch": str(n)}
                 yield f"fsdp={n}", keys, Topology(where.chip, n, 1, shape)
     elif where.chip.name != "cpu":
         for n in (2, 4, 8, 16):
-            if where.devices < n and not (on.rollout and n > where.chip.host):
+            if where.devices < n:
                 rows = str(math.ceil(config.train.batch_size / n) * n)
                 keys = {"mesh.data": "1", "mesh.fsdp": "-1"} | remat | {"train.batch_size": rows, "train.micro_batch": str(n)}
                 yield f"fsdp={n}", keys, Topology(where.chip, n)

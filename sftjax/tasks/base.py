@@ -117,7 +117,7 @@ class Base:
         params = method.apply(params, c, self.modules, self.trained_tokens)
         mask = method.mask(params, c, self.modules)
         params = jax.tree.map(lambda x, trains: x.astype(jnp.float32) if trains else x, params, mask)
-        params = jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
+        params = sharding.placed(params, mesh)
         lower = decoder_config.layers - c.freeze.last_n_layers if c.freeze.last_n_layers else 0
         decoder = Decoder(decoder_config, compute_dtype(c.model.dtype), c.model.scan, c.model.remat, lower)
         return decoder, params, mask

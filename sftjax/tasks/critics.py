@@ -24,12 +24,14 @@ import numpy as np
 from sftjax import hosts, sharding, tree
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
+from sftjax.data.example import Message, RowError
 from sftjax.data.pack import assemble
 from sftjax.data.tokenizer import open_tokenizer
+from sftjax.evaluate import sequences
 from sftjax.generate.engine import max_length
 from sftjax.generate.shapes import between
-from sftjax.hf.load import read_json, resolve
-from sftjax.hf.model import load
+from sftjax.hf.load import load_config, read_json, resolve
+from sftjax.hf.model import Model, load
 from sftjax.hf.peft import load_adapter, with_head
 from sftjax.losses.tokens import Forward
 from sftjax.models.decoder import Decoder, forward
@@ -69,12 +71,10 @@ class Judge:
             params, config = with_head(owned(job, bare(job)), job.decoder.config, adapter)
             params = load_adapter(params, adapter)
         else:
-            model = load(base, adapter=adapter, trust_remote_code=c.model.trust_remote_code)
+            model = load(base, adapter=adapter, trust_remote_code=c.model.trust_remote_code, mesh=job.mesh)
             params, config = model.params, model.config
-        if len(config.labels) != 1:
-            has = f"one of {len(config.labels)} labels" if config.labels else "none"
-            raise UserError(f"{self.path}: a reward model has a score head of one number, this has {has}")
-        self.decoder, self.params = replace(job.decoder, config=config, lower=0), placed(params, job.mesh)
+        sequences.refuse_no_reward(self.path, config.labels)
+        self.decoder, self.params = replace(job.decoder, config=config, lower=0), sharding.placed(params, job.mesh)
         job.say(f"reward model: {self.path}, {told(self.params, (job.trainable, job.frozen))}")
         self.after = closing(job.chat)
         self.rows = c.train.micro_batch or c.train.batch_size
@@ -92,11 +92,45 @@ class Judge:
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
         sequences = [[*a.question.ids, *a.ids, *self.after[a.stopped]] for a in answers]
         found: list[float] = []
+        mesh = self.job.mesh
         for at in range(0, len(answers), self.rows):
             rows = [[(np.array(ids, np.int32), np.zeros(len(ids), np.float32), 1)] for ids in sequences[at : at + self.rows]]
             batch = assemble(rows + [[]] * (self.rows - len(rows)), self.length)
-            found += jax.device_get(self.score(self.params, hosts.to_devices(batch, self.job.mesh)))[: len(rows)].tolist()
+            scores = self.score(self.params, hosts.to_devices(hosts.own(batch, mesh), mesh))
+            found += hosts.fetch(scores)[: len(rows)].tolist()
         return found
+
+
+class Apart:
+    """A reward model with a tokenizer and a template of its own, by which it reads what the policy said."""
+
+    model: Model
+    chat: Chat
+
+    def __init__(self, path: str):
+        """Finds it. Raises UserError where it is not there or is no reward model."""
+        self.path, self.base = path, resolve(path)
+        sequences.refuse_no_reward(path, load_config(self.base).labels)
+
+    def sits(self, job: Job) -> None:
+        """Loads it, spread over the policy's devices."""
+        self.model = load(self.base, trust_remote_code=job.config.model.trust_remote_code, mesh=job.mesh)
+        self.chat = Chat(self.model.tokenizer)
+        self.shards = sharding.batch_shards(job.mesh)
+
+    def __call__(self, answers: Sequence[Answered]) -> list[float]:
+        try:
+            said = [self.ids(a) for a in answers]
+        except RowError as e:
+            raise UserError(f"model:{self.path}: cannot read an answer: {e}") from e
+        rows = min(len(said), 32)
+        return sequences.score(self.model, said, batch_size=rows + -rows % self.shards)[:, 0].tolist()
+
+    def ids(self, a: Answered) -> list[int]:
+        """As the reward model was trained on such a row: a conversation, or raw text with its answer."""
+        if not a.question.messages:
+            return self.chat.encode_completion(a.question.prompt, a.text).ids.tolist()
+        return self.chat.tokenise(self.chat.render([*a.question.messages, Message("assistant", a.text)]))[0]
 
 
 def add_value(job: Job, judge: Judge | None) -> Forward:
@@ -123,7 +157,7 @@ def add_value(job: Job, judge: Judge | None) -> Forward:
             params = method.apply(params, c, (), () if judge else job.base.trained_tokens)
         mask = select.added(params, also={SCORE})
     params = owned(job, jax.tree.map(lambda x, trains: jnp.array(x, jnp.float32) if trains else x, params, mask))
-    params = placed(params, job.mesh)
+    params = sharding.placed(params, job.mesh)
     start = "the reward model" if judge else "the base, and 0 of every state"
     there = (job.trainable, job.frozen, judge and judge.params)
     trainable, frozen = tree.split(params, mask)
@@ -171,12 +205,6 @@ def owned(job: Job, params: Any) -> Any:
     """`params` that share nothing with what trains, which every step uses up."""
     trained = {id(x) for x in jax.tree.leaves(job.trainable)}
     return jax.tree.map(lambda x: jnp.copy(x) if id(x) in trained else x, params)
-
-
-def placed(params: Any, mesh: Any) -> Any:
-    """On the mesh; what lies there already is the same array."""
-    homes = sharding.shardings(params, mesh)
-    return jax.tree.map(lambda x, home: x if x.sharding == home else jax.device_put(x, home), params, homes)
 
 
 def same(directory: Path, other: Path) -> bool:

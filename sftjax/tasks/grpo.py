@@ -25,15 +25,15 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from sftjax import tree
+from sftjax import hosts, tree
 from sftjax.config import UserError
 from sftjax.losses import Loss
 from sftjax.losses.policy import Rollouts, action_logps, group_advantages, grpo, leave_one_out, normalised
 from sftjax.losses.tokens import Forward
-from sftjax.tasks.critics import Judge
+from sftjax.tasks.critics import Apart, Judge
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
-from sftjax.tasks.rewards import Reward, Rewards, apart
+from sftjax.tasks.rewards import Reward, Rewards
 from sftjax.tasks.rollouts import Actor, figures, in_parts, named, summary
 from sftjax.train.step import State, Step, make_step, over_minibatches
 
@@ -41,18 +41,17 @@ from sftjax.train.step import State, Step, make_step, over_minibatches
 def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Runs the task, or resumes it; returns what summary.json holds. Raises UserError and Stopped."""
     c = config.grpo
-    judges: list[Judge] = []
+    judges: list[Judge | Apart] = []
 
     def model(directory: str) -> Reward:
-        if not (Path(directory).expanduser() / "adapter_config.json").is_file():
-            return apart(directory)
-        judges.append(Judge(directory))
+        adapter = (Path(directory).expanduser() / "adapter_config.json").is_file()
+        judges.append(Judge(directory) if adapter else Apart(directory))
         return judges[-1]
 
     rewards = Rewards(c.rewards, c.reward_weights, key="grpo.rewards", model=model)
     cut(config)  # refused before anything is read
     job = Job(config, workdir, force=force)
-    for one in judges:  # adapters, over the policy's own base where that is theirs
+    for one in judges:
         one.sits(job)
     refer: Any = reference(job) if c.beta else None
     updates = c.num_iterations * c.num_mini_batches
@@ -77,7 +76,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
             rollouts = rollouts._replace(logps=logps(params, batch))
         shown = {"reward": float(earned.mean()), "reward_std": float(groups.std(1, ddof=1).mean()), **named(each)}
         seconds = {"seconds/rollout": sampled - began, "seconds/score": time.perf_counter() - sampled}
-        return rollouts, shown | figures(answers) | seconds
+        return hosts.own(rollouts, job.mesh), shown | figures(answers) | seconds
 
     _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates)
     return job.finish(tally, extra=summary(job, tally), samples=actor.samples())

@@ -53,7 +53,6 @@ class Job:
 
     def __init__(self, config: ConfigDict, workdir: str | Path, *, force: bool = False):
         check(config)
-        refuse_many_hosts(config)
         self.began = time.perf_counter()
         self.config = config
         self.say: Callable[[str], None] = say if hosts.first() else lambda _: None
@@ -321,17 +320,6 @@ def same_everywhere(manifest: dict[str, Any]) -> dict[str, str]:
     same = {"version of a package (manifest.json lists them)": manifest["versions"], "config": manifest["config"]}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in (same | manifest["hashes"]).items()}
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-
-
-def refuse_many_hosts(config: ConfigDict) -> None:
-    """What one host does alone so far: where a policy answers, or what is computed is kept by row. Raises UserError."""
-    if not hosts.many():
-        return
-    if config.task in ROLLOUTS:
-        raise UserError(f"--config.task={config.task}: runs on one host so far, where its policy answers; this is {hosts.name()}")
-    kept = f"{config.task}.precompute_ref_log_probs"
-    if config.task in ("dpo", "kto") and config[config.task].precompute_ref_log_probs:
-        raise UserError(f"--config.{kept}=True: runs on one host so far, this is {hosts.name()}; leave it out")
 
 
 def peak_memory_mib() -> float:

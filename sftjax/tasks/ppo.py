@@ -31,7 +31,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sftjax import tree
+from sftjax import hosts, tree
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.losses import ppo
@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         played = Played(*batch, **look(params, batch), scores=jax.device_get(ppo.at_the_end(earned, batch.weights)))
         shown = {"reward": float(scores.mean()), "reward_std": float(scores.std()), **named(each)}
         seconds = {"seconds/rollout": sampled - began, "seconds/score": time.perf_counter() - sampled}
-        return played, shown | figures(answers) | seconds
+        return hosts.own(played, job.mesh), shown | figures(answers) | seconds
 
     updates, kept = c.num_ppo_epochs * c.num_mini_batches, jnp.float32(c.kl_coef)
     _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=kept)

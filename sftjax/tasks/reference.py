@@ -74,10 +74,14 @@ def precompute(job: Job) -> None:
     for name in ("train", "eval", "test"):
         of: Rows = getattr(job.splits, name)
         key = cache_key(job, of)
-        if not (root / key).exists():
+        missing = not (root / key).exists()
+        if hosts.which(missing):  # on one of them; all compute it
             made += len(of)
-            with cache.entry(root, key) as place:
-                column(job, logps, params, of).tofile(place / "reference.bin")
+            found = column(job, logps, params, of)
+            with hosts.agreeing():
+                if missing:
+                    with cache.entry(root, key) as place:
+                        found.tofile(place / "reference.bin")
         rows[name] = replace(of, reference=cache.flat(root / key / "reference.bin", np.float32))
     job.splits = replace(job.splits, **rows)
     job.stream.rows = job.splits.train
@@ -94,8 +98,8 @@ def column(job: Job, logps: Callable[..., jax.Array], params: Any, rows: Rows) -
     most, at, size = job.config.data.max_length, 0, eval_rows(job.config)
     bins = rows.plan(seed=0, epoch=0, max_length=most, packing=True)
     with jax.set_mesh(job.mesh):
-        for batch in eval_batches(rows, size, most):
-            found = jax.device_get(logps(params, hosts.to_devices(batch, job.mesh)))
+        for batch in eval_batches(rows, size, most, hosts.own_rows(job.mesh, size)):
+            found = hosts.fetch(logps(params, hosts.to_devices(batch, job.mesh)))
             for line, bin in zip(found, range(at, min(at + size, len(bins)))):
                 for row, _, stop in bins[bin]:
                     begin = rows.begins[row]

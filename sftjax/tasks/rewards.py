@@ -26,14 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sftjax import hosts
 from sftjax.check import METRICS, shown
 from sftjax.config import UserError, mistake, parts
-from sftjax.data.chat import Chat, as_dict
-from sftjax.data.example import Message, RowError
-from sftjax.evaluate import sequences
+from sftjax.data.chat import as_dict
 from sftjax.evaluate.heldout import Question
 from sftjax.evaluate.metrics import METRICS as SCORES
-from sftjax.hf.model import load
 
 KNOWN = tuple(name for name in METRICS if name in SCORES)
 
@@ -52,7 +50,10 @@ Reward = Callable[[Sequence[Answered]], Sequence[float | None]]
 
 
 class Rewards:
-    """`Rewards("exact_match,length:20", "1,0.5")(answers)`. Raises UserError for what is no reward function."""
+    """`Rewards("exact_match,length:20", "1,0.5")(answers)`. Raises UserError for what is no reward function.
+
+    `model` makes one of the directory in model:DIR.
+    """
 
     def __init__(self, specs: Any, weights: Any = (), *, key: str = "grpo.rewards", model: Callable[[str], Reward] | None = None):
         names = [str(spec).strip() for spec in parts(specs)]
@@ -69,16 +70,26 @@ class Rewards:
             raise UserError(
                 f"{key.rpartition('.')[0]}.reward_weights: {len(self.weights)} weights for the {len(names)} functions of {key}"
             )
-        self.functions = {short(name, names): function(name, key, model or apart) for name in names}
+        self.functions = {short(name, names): function(name, key, model) for name in names}
+        self.models = {short(name, names) for name in names if name.startswith("model:")}
 
     def __call__(self, answers: Sequence[Answered]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(rewards [N], {function: its rewards [N], nan where it has none}). Raises UserError where a function is at fault."""
-        each = {name: checked(name, fn(answers), len(answers)) for name, fn in self.functions.items()}
+        each = {name: self.of(name, answers) for name in self.functions}
         if (lost := np.flatnonzero(np.all(np.isnan([*each.values()]), axis=0))).size:
             place = answers[lost[0]].question.where
             raise UserError(f"{place}: none of the reward functions ({', '.join(each)}) has a reward for an answer to this row")
         weighted = [w * np.nan_to_num(x) for w, x in zip(self.weights, each.values())]
         return np.sum(weighted, axis=0), each
+
+    def of(self, name: str, answers: Sequence[Answered]) -> np.ndarray:
+        """One function's, on every host what the first found: its own functions may draw, or ask a server, and are called once.
+        A model lies on the devices of all hosts, which call it together."""
+        found = np.zeros(len(answers))
+        with hosts.agreeing():
+            if hosts.first() or name in self.models:
+                found = checked(name, self.functions[name](answers), len(answers))
+        return hosts.of_first(found)
 
 
 def short(name: str, names: Sequence[str]) -> str:
@@ -89,7 +100,7 @@ def short(name: str, names: Sequence[str]) -> str:
     return name if any(brief in (other[0], other[2]) for other in others) else brief
 
 
-def function(name: str, key: str, model: Callable[[str], Reward]) -> Reward:
+def function(name: str, key: str, model: Callable[[str], Reward] | None) -> Reward:
     kind, colon, rest = name.partition(":")
     if not colon and name in KNOWN:
         return metric(name)
@@ -97,7 +108,7 @@ def function(name: str, key: str, model: Callable[[str], Reward]) -> Reward:
         return formatted(rest, key)
     if kind == "length":
         return near(rest, key)
-    if kind == "model" and rest:
+    if kind == "model" and rest and model:
         try:
             return model(rest)
         except UserError as e:
@@ -130,28 +141,6 @@ def near(text: str, key: str) -> Reward:
         raise UserError(f"--config.{key}=length:{text}: needs a number of tokens, e.g. length:20")
     n = int(text)
     return lambda answers: [max(0.0, 1 - abs(len(a.ids) - n) / n) for a in answers]
-
-
-def apart(directory: str) -> Reward:
-    """A reward model apart from the policy: it has a tokenizer, a template and memory of its own."""
-    scores = load(directory)
-    sequences.refuse_no_reward(scores)
-    chat = Chat(scores.tokenizer)
-
-    def ids(a: Answered) -> list[int]:
-        """As the reward model was trained on such a row: a conversation, or raw text with its answer."""
-        if not a.question.messages:
-            return chat.encode_completion(a.question.prompt, a.text).ids.tolist()
-        return chat.tokenise(chat.render([*a.question.messages, Message("assistant", a.text)]))[0]
-
-    def run(answers: Sequence[Answered]) -> list[float | None]:
-        try:
-            said = [ids(a) for a in answers]
-        except RowError as e:
-            raise UserError(f"model:{directory}: cannot read an answer: {e}") from e
-        return sequences.score(scores, said, batch_size=min(len(said), 32))[:, 0].tolist()
-
-    return run
 
 
 def own(file: Path, name: str, key: str) -> Reward:

@@ -150,7 +150,7 @@ def in_parts(job: Job, look: Callable[[Any, Batch], Any]) -> Callable[[Any, Batc
 
     def whole(params: Any, batch: Batch) -> Any:
         parts = [jax.tree.map(lambda x, at=at: x[at : at + rows], batch) for at in range(0, len(batch.tokens), rows)]
-        found = [jax.device_get(run(params, hosts.to_devices(part, job.mesh))) for part in parts]
+        found = [hosts.fetch(run(params, hosts.to_devices(hosts.own(part, job.mesh), job.mesh))) for part in parts]
         return jax.tree.map(lambda *each: np.concatenate(each), *found)
 
     return whole

@@ -47,7 +47,7 @@ def score_file(
     """
     of_labels = len(model.config.labels) > 1
     if not of_labels:
-        refuse_no_reward(model)
+        refuse_no_reward(model.directory, model.config.labels)
     rows = list(read_examples((data,), config.data, want="classes" if of_labels else "rankings"))
     examples, bad = [row for row in rows if isinstance(row, Example)], [row for row in rows if isinstance(row, Rejected)]
     if config.data.on_bad_row == "error":

@@ -20,12 +20,12 @@ from sftjax.losses import ppo
 from sftjax.losses.policy import action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.models.decoder import Output
-from sftjax.tasks.critics import Judge, add_value, base_of
+from sftjax.tasks.critics import Apart, Judge, add_value, base_of
 from sftjax.tasks.export import export
 from sftjax.tasks.job import Job
 from sftjax.tasks.ppo import iteration
 from sftjax.tasks.reference import reference
-from sftjax.tasks.rewards import Answered, apart
+from sftjax.tasks.rewards import Answered
 from sftjax.train.step import init_state, make_step, over_minibatches
 from sftjax.weights.lora import without
 
@@ -177,7 +177,7 @@ def test_a_reward_model_apart_reads_raw_text_behind_its_prompt(judges):
     rows = [("grass is ", "green"), ("snow is ", "green")]
     answers = [Answered(Question([1], prompt, None), {}, [1], True, said) for prompt, said in rows]
     ids = [[*model.tokenizer(prompt + said)["input_ids"], end] for prompt, said in rows]
-    first, second = apart(str(judges["whole"]))(answers)
+    first, second = Apart(str(judges["whole"]))(answers)
     np.testing.assert_allclose([first, second], score(model, ids)[:, 0], atol=1e-4)
     assert first != second
 
