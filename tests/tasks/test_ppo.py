@@ -170,14 +170,16 @@ def test_a_judge_says_what_the_reward_model_says_and_compiles_once(world, judges
     assert judge.score._cache_size() == 1
 
 
-def test_a_reward_model_apart_reads_raw_text_behind_its_prompt(judges):
+def test_a_reward_model_apart_reads_raw_text_behind_its_prompt(world, judges, tmp_path):
     """As it was trained on rows of raw text: the prompt, the answer, and the token that ends a text."""
     model = sftjax.load(judges["whole"])
     end = model.tokenizer.eos_token_id
     rows = [("grass is ", "green"), ("snow is ", "green")]
     answers = [Answered(Question([1], prompt, None), {}, [1], True, said) for prompt, said in rows]
     ids = [[*model.tokenizer(prompt + said)["input_ids"], end] for prompt, said in rows]
-    first, second = Apart(str(judges["whole"]))(answers)
+    judge = Apart(str(judges["whole"]))
+    judge.sits(Job(world(), tmp_path / "run"))
+    first, second = judge(answers)
     np.testing.assert_allclose([first, second], score(model, ids)[:, 0], atol=1e-4)
     assert first != second
 
