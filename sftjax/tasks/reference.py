@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import hosts, tree
-from sftjax.data import cache
+from sftjax.data import cache, pipeline
 from sftjax.data.rows import Rows
 from sftjax.data.stream import eval_batches
 from sftjax.losses import token_logps
@@ -32,7 +31,7 @@ from sftjax.train.run import clean
 from sftjax.weights import kinds
 from sftjax.weights.lora import without
 
-VERSION = 1  # of what a token's log-prob is; part of every key
+VERSION = 2  # of what a token's log-prob is; part of every key
 # of a config, what decides how a run begins: where the reference is the model before its adapter, and where it is not
 BEFORE, BEGINS = ("model", "tokens"), ("model", "tokens", "method", "lora", "freeze", "adapter", "seed")
 
@@ -65,7 +64,7 @@ def leaves_off(job: Job) -> bool:
 
 def precompute(job: Job) -> None:
     """Puts the log-probs of every row's tokens, as the model begins, beside the job's rows: from the cache, or made now."""
-    root = Path(job.config.data.cache_dir or "~/.cache/sftjax/data").expanduser()
+    root = pipeline.cache_root(job.config.data)
     params = tree.join(job.trainable, job.frozen)
     params = without(params) if leaves_off(job) else params
     logps = jax.jit(token_logps(job.forward))

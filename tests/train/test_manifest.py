@@ -1,19 +1,16 @@
 """The manifest knows a run by content, and says each way in which another differs."""
 
 import json
-import struct
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sftjax.config import default
 from sftjax.train import manifest as m
 from sftjax.train.run import clean
 
-
-def safetensors(path, *, data: bytes, name: str = "w"):
-    header = json.dumps({name: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+ZEROS = np.zeros(2**20, np.float32)
 
 
 @pytest.fixture
@@ -22,7 +19,7 @@ def base(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "qwen3"}')
     (folder / "tokenizer.json").write_text("{}")
-    safetensors(folder / "model.safetensors", data=bytes(3 * m.MIB))
+    save_file({"w": ZEROS}, folder / "model.safetensors")
     return folder
 
 
@@ -57,9 +54,9 @@ def test_each_kind_of_difference_is_named(base):
 @pytest.mark.parametrize("place", ["first", "last", "header", "size", "config"])
 def test_changed_base_is_noticed(base, place):
     old = make(base)
-    data = bytearray(3 * m.MIB)
+    data = np.append(ZEROS, ZEROS[:1]) if place == "size" else ZEROS.copy()
     data[0], data[-1] = place == "first", place == "last"
-    safetensors(base / "model.safetensors", data=bytes(data) + b"0" * (place == "size"), name="v" if place == "header" else "w")
+    save_file({"v" if place == "header" else "w": data}, base / "model.safetensors")
     if place == "config":
         (base / "config.json").write_text('{"model_type": "llama"}')
     assert m.difference(old, make(base)) == ["base: contents changed"]
@@ -100,6 +97,18 @@ def test_a_key_from_a_newer_version_counts_as_its_default(base):
     del old["config"]["optim.clip"]
     old["config"]["optim.gone"] = 3
     assert m.difference(old, make(base)) == ["config.optim.gone: 3 -> None"]
+
+
+@pytest.mark.parametrize("name, row", [("model.layers.1.self_attn.q_proj.weight", None), ("model.embed_tokens.weight", 300)])
+def test_checkpoints_that_differ_in_one_matrix_or_one_tokens_row_have_other_hashes(name, row, tmp_path):
+    rng = np.random.default_rng(0)
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)), "model.norm.weight"]
+    weights = {n: rng.standard_normal((600, 600), np.float32) for n in names}  # 1.4 MB each
+    save_file(weights, tmp_path / "model.safetensors")
+    before = m.hash_weights(tmp_path)
+    weights[name][slice(None) if row is None else row] += 0.1
+    save_file(weights, tmp_path / "model.safetensors")
+    assert m.hash_weights(tmp_path) != before
 
 
 def test_manifest_is_json_and_names_what_it_was_made_of(base):
