@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import jax
@@ -27,6 +29,10 @@ from sftjax.models.decoder import Output
 
 Reference = Callable[[Any], Any] | str
 Each = Callable[..., tuple[Array, Array, dict[str, Array]]]
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta": (lambda x: 0 < x < math.inf, "a number above 0"),
+    "label_smoothing": (lambda x: 0 <= x < 1, "the share of labels that are wrong, from 0 to below 1"),
+}
 
 
 def dpo(forward: Forward, **options: Any) -> Loss:
@@ -67,11 +73,12 @@ def each_pair(
     options     of the loss, as its function in `losses.preference` names them
 
     Metrics are rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen and
-    logps/rejected. A reward is beta * log(pi / pi_ref), without a reference beta * log pi (per token for simpo and orpo).
+    logps/rejected. A reward is beta * log(pi / pi_ref), without a reference beta * log pi (per token for simpo and orpo), of a sum by
+    the beta of its first loss.
     How a batch is cut into micro-batches changes nothing, but for what looks across pairs: aot, aot_unpaired, bco_pair with
     its shift, and nll_by="token". Raises UserError for an option that no loss named here reads.
     """
-    parts = {loss: 1.0} if isinstance(loss, str) else dict(loss)
+    parts = _parts(loss)
     fns = _chosen("loss", parts, LOSSES)
     _check_reference(reference, [name for name in parts if name not in WITHOUT_REFERENCE], list(parts))
     if not 0 <= ld_alpha <= 1:
@@ -85,7 +92,7 @@ def each_pair(
         [options["divergence"]] = _bound([measure], {"alpha": options.pop("alpha")} if "alpha" in options else {})
     own = [inspect.signature(fn).parameters["beta"].default for fn in fns if fn is not preference.sft]
     strength: float = beta if beta is not None else (own or [0.1])[0]
-    bound = _bound(fns, options, beta=strength)
+    bound = _bound(fns, options, **({} if beta is None else {"beta": beta}))
     one = Answers(*[jnp.ones(1)] * 5)
     jax.eval_shape(lambda: [fn(Pairs(one, one, one.length > 0)) for fn in bound])  # an option out of range is told of here
 
@@ -247,6 +254,17 @@ def _chosen(what: str, names: Iterable[str], table: Mapping[str, Callable[..., A
     return [table[name] for name in names]
 
 
+def _parts(loss: Any) -> dict[str, float]:
+    """{name: weight}. Raises UserError."""
+    if not isinstance(loss, (str, Mapping)):
+        raise UserError(f"loss {loss!r}: needs a name, or {{name: weight}} for a sum")
+    parts = {loss: 1.0} if isinstance(loss, str) else dict(loss)
+    for name, weight in parts.items():
+        if not (isinstance(weight, Real) and math.isfinite(weight)):
+            raise UserError(f"loss {name}: its weight is {weight!r}, must be a number")
+    return parts
+
+
 def _bound(fns: Iterable[Callable[..., Array]], options: Mapping[str, Any], **shared: Any) -> list[Callable[..., Array]]:
     """Each function with those of `options` that it names. One that none of them names is the user's mistake."""
     fns = list(fns)
@@ -255,6 +273,9 @@ def _bound(fns: Iterable[Callable[..., Array]], options: Mapping[str, Any], **sh
         if not any(option in names for names in named):
             raise UserError(f"{option}: {', '.join(fn.__name__ for fn in fns)} does not use it; leave it out")
     both = {**shared, **options}
+    for option, value in both.items():
+        if option in RANGES and not (isinstance(value, Real) and RANGES[option][0](value)):
+            raise UserError(f"{option}={value!r}: needs {RANGES[option][1]}")
     return [partial(fn, **{k: v for k, v in both.items() if k in names}) for fn, names in zip(fns, named)]
 
 

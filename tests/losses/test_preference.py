@@ -430,6 +430,20 @@ def test_the_cut_changes_nothing(options):
     assert_trees_close(whole, jax.tree.map(lambda *xs: sum(xs), *micro))
 
 
+@pytest.mark.parametrize("names", [("simpo", "sigmoid"), ("sigmoid", "simpo"), ("sft", "ipo", "simpo")], ids=str)
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_a_sum_of_losses_is_their_sum(names, beta):
+    """Each with its own beta where none is given, in whatever order they are named."""
+    weights = {name: 1.0 + i for i, name in enumerate(names)}
+    alone = [
+        given(WHOLE, loss=name, reference=name in ("sigmoid", "ipo"), **({"beta": beta} if name != "sft" else {}))
+        for name in names
+    ]
+    total, count, _ = given(WHOLE, loss=weights, beta=beta)
+    np.testing.assert_allclose(total, sum(w * each[0] for w, each in zip(weights.values(), alone)), rtol=1e-5)
+    assert count == alone[0][1]
+
+
 def test_sums_equal_the_definition():
     logps, refs = (logps_of(out_of(p, ONE_A_ROW), ONE_A_ROW) for p in (POLICY, BASE))
     hidden, head, _ = out_of(POLICY, ONE_A_ROW)
@@ -578,6 +592,10 @@ def test_lora_against_the_model_before_it():
         ({"loss": "robust", "label_smoothing": 0.5}, "robust needs"),
         ({"loss": "exo_pair", "label_smoothing": 0.0}, "exo_pair divides"),
         ({"loss": "sft", "reference": None, "nll_by": "x"}, "use pair, token or sum"),
+        ({"loss": ["sigmoid"]}, "needs a name, or {name: weight}"),
+        ({"loss": {"sigmoid": "x"}}, "loss sigmoid: its weight is 'x', must be a number"),
+        ({"beta": -1}, "beta=-1: needs a number above 0"),
+        ({"label_smoothing": "a"}, "label_smoothing='a': needs the share of labels that are wrong"),
     ],
 )
 def test_mistakes_are_named(options, message):
