@@ -8,7 +8,7 @@
                                turns that were asked, or None) and `completion_ids`. It gets those that it names, or all with **
     model:DIR                  a reward model's: a checkpoint with a score head of one number, read through its own template
 
-None is no reward: that function counts nothing for this answer.
+None means no reward: the function is left out of that answer's sum.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ class Rewards:
     """
 
     def __init__(self, specs: Any, weights: Any = (), *, key: str = "grpo.rewards", model: Callable[[str], Reward] | None = None):
+        if callable(specs) or any(map(callable, () if isinstance(specs, str) else specs)):
+            raise UserError(f"{key}: takes a function by its file, so that a run can be resumed: write it into one, FILE.py:FUNCTION")
         names = [str(spec).strip() for spec in parts(specs)]
         if not names:
             raise UserError(f"{key} names no reward function; e.g. --config.{key}=exact_match or --config.{key}=rewards.py:mine")
+        if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+            raise UserError(f"{key}: {twice} is named twice; name it once, with the sum of its weights")
         given = weights if isinstance(weights, (tuple, list)) else parts(str(weights))
         try:
             self.weights = np.array([float(weight) for weight in given] or [1.0] * len(names))
@@ -79,7 +83,7 @@ class Rewards:
         if (lost := np.flatnonzero(np.all(np.isnan([*each.values()]), axis=0))).size:
             place = answers[lost[0]].question.where
             raise UserError(f"{place}: none of the reward functions ({', '.join(each)}) has a reward for an answer to this row")
-        weighted = [w * np.nan_to_num(x) for w, x in zip(self.weights, each.values())]
+        weighted = [w * np.nan_to_num(x) for w, x in zip(self.weights, each.values(), strict=True)]
         return np.sum(weighted, axis=0), each
 
     def of(self, name: str, answers: Sequence[Answered]) -> np.ndarray:

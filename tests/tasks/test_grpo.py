@@ -332,6 +332,8 @@ MISTAKES = {
     "short: returned 1 rewards for 2 answers": ("MINE:short",),
     "words: its reward for answer 1 is 'good', must be a finite number or None": ("MINE:words",),
     "text: its reward for answer 1 is": ("MINE:text",),
+    "grpo.rewards: exact_match is named twice; name it once": (("exact_match", "numeric", "exact_match"), (1, 0, 5)),
+    "grpo.rewards: takes a function by its file": (len,),
     "--config.grpo.reward_weights=nan: needs numbers, e.g. 1,0.5": ("exact_match", "nan"),
     "--config.grpo.rewards=length:²: needs a number of tokens": ("length:²",),
     "mine.py:9: broken failed: ZeroDivisionError: division by zero": ("MINE:broken",),
@@ -344,7 +346,7 @@ MISTAKES = {
 @pytest.mark.parametrize("sentence", MISTAKES)
 def test_a_mistake_in_rewards_is_told_in_a_sentence(sentence, world):
     specs, weights = (*MISTAKES[sentence], (), ())[:2] if MISTAKES[sentence] else ((), ())
-    specs = specs.replace("MINE", str(world.root / "mine.py")) if specs else ()
+    specs = specs.replace("MINE", str(world.root / "mine.py")) if isinstance(specs, str) else specs
     with pytest.raises(UserError) as refused:
         Rewards(specs, weights)([answered("a", number=1), answered("b", number=2)])
     assert sentence in str(refused.value)
