@@ -72,11 +72,10 @@ def each_pair(
     prompt_nll  a term of likelihood (sft, cpo, orpo) is about the prompt too
     options     of the loss, as its function in `losses.preference` names them
 
-    Metrics are rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen and
-    logps/rejected. A reward is beta * log(pi / pi_ref), without a reference beta * log pi (per token for simpo and orpo), of a sum by
-    the beta of its first loss.
-    How a batch is cut into micro-batches changes nothing, but for what looks across pairs: aot, aot_unpaired, bco_pair with
-    its shift, and nll_by="token". Raises UserError for an option that no loss named here reads.
+    Metrics are rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen and logps/rejected. A reward
+    is beta * log(pi / pi_ref), without a reference beta * log pi (per token for simpo and orpo); of a sum of losses, by the
+    beta of the first. How a batch is cut into micro-batches changes nothing, but for what looks across pairs: aot,
+    aot_unpaired, bco_pair with its shift, and nll_by="token". Raises UserError for an option that no loss named here reads.
     """
     parts = _parts(loss)
     fns = _chosen("loss", parts, LOSSES)
