@@ -14,6 +14,7 @@ is saved, and `resume_from(step)` is called before the first `log`. Only process
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import numbers
@@ -69,6 +70,18 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def lock(self) -> None:
+        """Keeps other processes from this directory until this one ends. Raises UserError where one has it."""
+        if not self.writer:
+            return
+        self.held = (self.workdir / ".lock").open("w")  # closed, it would be free
+        try:
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise UserError(f"{self.workdir}: another process is training here; wait for it, or choose another directory") from e
+        except OSError:
+            pass  # a file system without locks
 
     @property
     def checkpoints(self) -> Path:

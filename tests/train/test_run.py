@@ -217,3 +217,14 @@ def test_tensorboard_is_off_by_default(tmp_path):
 def test_importing_run_initialises_no_jax():
     script = f"import sys, {run_module.__name__}; assert 'jax' not in sys.modules and 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
+    run = Run(tmp_path, writer=True)
+    other = [sys.executable, "-c", f"from sftjax.train.run import Run; Run({str(tmp_path)!r}, writer=True).lock(); print('in')"]
+    run.lock()
+    refused = subprocess.run(other, capture_output=True, text=True)
+    assert "another process is training here" in refused.stderr and not refused.stdout
+    Run(tmp_path, writer=True).lock()  # a notebook that starts again is the same process
+    run.held.close()  # as when the process ends
+    assert subprocess.run(other, capture_output=True, text=True).stdout == "in\n"
