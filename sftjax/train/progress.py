@@ -145,7 +145,7 @@ class Progress:
         text = describe({**shown, "eta": left if step < self.total else None})
         if self.bar:
             self.bar.update(self.task, completed=step, shown=text)
-        elif step - self.printed >= self.log_every or step == self.total:
+        elif step // self.log_every > self.printed // self.log_every or step == self.total:
             self.printed = step
             self.say(f"step {step}/{self.total}  {text}")
 
