@@ -80,7 +80,11 @@ class Module:
     def view(self, part: str, *expected: int) -> np.ndarray:
         """A part of the expected shape. Raises UserError where it has another."""
         if self.parts[part].shape != expected:
-            raise UserError(f"{self.directory}: {self.name}.{part} is {list(self.parts[part].shape)}, not {list(expected)}")
+            over = self.config.get("base_model_name_or_path")
+            raise UserError(
+                f"{self.directory}: {self.name}.{part} is {list(self.parts[part].shape)}, not {list(expected)}; "
+                + (f"it was trained over {over}, give that as the model" if over else "give the model that it was trained over")
+            )
         return self.parts[part].view()
 
     @property

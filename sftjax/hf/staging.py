@@ -34,9 +34,8 @@ def staged(out: str | Path, source: str | Path) -> Iterator[Path]:
         (tmp / MARK).write_text(json.dumps({"sftjax": version("sftjax"), "source": str(source)}) + "\n")
         _swap(tmp, out)
     except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"{out}: no space left on the disk; nothing was changed there") from e
+        why = "no space left on the disk" if e.errno == errno.ENOSPC else f"cannot be written ({e.strerror or e})"
+        raise UserError(f"{out}: {why}; nothing was changed there") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 

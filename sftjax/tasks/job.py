@@ -33,6 +33,7 @@ from sftjax.generate.engine import max_length
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
+from sftjax.tasks.rewards import fingerprint
 from sftjax.train import loop
 from sftjax.train.evaluation import evaluator
 from sftjax.train.manifest import difference, length_histogram, manifest, show
@@ -65,6 +66,7 @@ class Job:
             check_routers(config, self.base)
             self.chat = self.base.chat
             self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
+            self.run.lock()
         hosts.refuse_unshared(self.run.workdir)
         self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))
         with hosts.agreeing():
@@ -73,7 +75,6 @@ class Job:
             self.refuse_another_run(force)
         hosts.refuse_differences(same_everywhere(self.manifest))
         self.decoder, params, mask = self.base.build(self.mesh)
-        self.write_what_it_is()
         self.trainable, self.frozen = tree.split(params, mask)
         self.mask, self.like = mask, jax.eval_shape(lambda: params)  # what trains is given away
         self.say_what_trains(params, mask)
@@ -122,6 +123,7 @@ class Job:
                 stream=self.stream,
                 mesh=self.mesh,
                 progress=progress,
+                begins=self.write_what_it_is,
                 watch=watch,
                 dtype=self.decoder.dtype,
                 **options,
@@ -190,6 +192,8 @@ class Job:
             tokenizer_dir=self.base.tokenizer_directory,
             lengths=length_histogram(train.lengths, train.trained),
         )
+        if self.config.task in ROLLOUTS:
+            made_of["hashes"]["rewards"] = fingerprint(self.config[self.config.task].rewards)
         made_of |= {"labels": list(self.base.labels)} if self.base.labels else {}
         return made_of | {"trained_tokens": dict(zip(self.chat.tokenizer.convert_ids_to_tokens(ids), ids))}
 

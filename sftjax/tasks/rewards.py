@@ -13,6 +13,7 @@ None means no reward: the function is left out of that answer's sum.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -32,6 +33,8 @@ from sftjax.config import UserError, mistake, parts
 from sftjax.data.chat import as_dict
 from sftjax.evaluate.heldout import Question
 from sftjax.evaluate.metrics import METRICS as SCORES
+from sftjax.hf.load import resolve
+from sftjax.train.manifest import hash_weights
 
 KNOWN = tuple(name for name in METRICS if name in SCORES)
 
@@ -57,7 +60,9 @@ class Rewards:
 
     def __init__(self, specs: Any, weights: Any = (), *, key: str = "grpo.rewards", model: Callable[[str], Reward] | None = None):
         if callable(specs) or any(map(callable, () if isinstance(specs, str) else specs)):
-            raise UserError(f"{key}: takes a function by its file, so that a run can be resumed: write it into one, FILE.py:FUNCTION")
+            raise UserError(
+                f"{key}: takes a function by its file, so that a run can be resumed: write it into one, FILE.py:FUNCTION"
+            )
         names = [str(spec).strip() for spec in parts(specs)]
         if not names:
             raise UserError(f"{key} names no reward function; e.g. --config.{key}=exact_match or --config.{key}=rewards.py:mine")
@@ -94,6 +99,18 @@ class Rewards:
             if hosts.first() or name in self.models:
                 found = checked(name, self.functions[name](answers), len(answers))
         return hosts.of_first(found)
+
+
+def fingerprint(specs: Any) -> str:
+    """sha256 of the files that reward functions are in, and of the models that reward: what their names do not tell."""
+    digest = hashlib.sha256()
+    for kind, _, rest in (str(spec).strip().partition(":") for spec in parts(specs)):
+        if kind.endswith(".py"):
+            digest.update(Path(kind).read_bytes())
+        if kind == "model":
+            adapter = Path(rest).expanduser()
+            digest.update(hash_weights(adapter if (adapter / "adapter_config.json").is_file() else resolve(rest)).encode())
+    return digest.hexdigest()
 
 
 def short(name: str, names: Sequence[str]) -> str:

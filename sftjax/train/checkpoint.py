@@ -102,6 +102,8 @@ class Checkpoints:
         """
         names, structure = list(named(like)), jax.tree_util.tree_structure(like)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, named(like))
+        if not part:
+            self._refuse_other_shapes(target, step)
         wanted = ocp.args.StandardRestore(target)
         if part:
             places = ocp.checkpoint_utils.construct_restore_args(target)
@@ -135,6 +137,25 @@ class Checkpoints:
         if steps:
             raise UserError(f"{self.directory}: none of its checkpoints can be read ({reason}); delete them to start anew")
         return None
+
+    def _refuse_other_shapes(self, target: dict[str, Any], step: int | None) -> None:
+        """Of the newest whose contents can be listed. Raises UserError, where orbax would speak of its own options."""
+        for candidate in reversed(self.steps() if step is None else [step]):
+            try:
+                saved = ocp.StandardCheckpointHandler().metadata(self.directory / str(candidate) / "state")
+            except (ValueError, OSError, KeyError):
+                continue  # damaged
+            shapes = {name: tuple(x.shape) for name, x in saved.items()}
+            wanted = {name: tuple(x.shape) for name, x in target.items()}
+            other = [name for name in shapes | wanted if shapes.get(name) != wanted.get(name)]
+            if other:
+                first = min(other, key=lambda name: not name.startswith("trainable"))
+                was, now = ("nothing" if x is None else list(x) or "a number" for x in (shapes.get(first), wanted.get(first)))
+                raise UserError(
+                    f"{self.directory / str(candidate)}: of {first} it holds {was} where this config makes {now}; go on with the "
+                    "config that it was made by, or use another --workdir"
+                )
+            return
 
     def forget_after(self, step: int) -> None:
         """Deletes what a resumed run will write again."""

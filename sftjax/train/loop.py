@@ -1,8 +1,8 @@
 """THE loop: batches in, a trained state out. It evaluates, logs, saves, resumes and stops; the mathematics is elsewhere.
 
-A run is its step number and a `State`: the batch, the keys and the learning rate of a step are functions of the number. So
-a run that was killed anywhere and is started again computes, bit for bit, what it would have computed. The loop waits for
-the device only where metrics are read, one step late.
+A run is its step number and a `State`: the batch and the keys of a step are functions of the number, its learning rate of the
+number less the updates that were skipped. So a run that was killed anywhere and is started again computes, bit for bit, what
+it would have computed. The loop waits for the device only where metrics are read, one step late.
 
 Where a policy learns from what it does, the stream gives prompts and `collect` makes the batch of them: the policy as it is
 now answers, and the answers are rewarded. That is a function of the step number and the state too.
@@ -63,6 +63,7 @@ def fit(
     stream: Source,
     mesh: Mesh,
     progress: Progress,
+    begins: Callable[[], None] = lambda: None,
     collect: Collect | None = None,
     updates: int = 1,
     kept: Any = (),
@@ -73,7 +74,9 @@ def fit(
     """Trains from the newest checkpoint, or from the start, to the stream's last step.
 
     trainable  is given away: its memory becomes the state's
-    learn      optimiser -> the step, compiled here; `updates` times in a step it changes what trains, all at the step's rate
+    learn      makes the step from the optimiser; it is compiled here. One step changes what trains `updates` times, all at one
+               learning rate
+    begins     called once the state stands, restored or new: before, nothing says that there is such a run
     evaluate   (trainable, "eval" or "test") -> figures of held-out rows, the best checkpoint being that of the highest
                "reward" where there is one, else of the lowest "loss"; {} where nothing is held out
     collect    (steps taken, state, what the stream gives) -> (the step's batch, numbers for metrics.jsonl); None: the stream
@@ -95,6 +98,7 @@ def fit(
     tally, start, compiled = Tally(), 0, None
     with Checkpoints(run.checkpoints, keep=c.keep, say=progress.say) as checkpoints, stop_signals() as asked:
         restored = checkpoints.restore(freed(state)) if checkpoints.steps() else None
+        begins()
         if restored:
             start, state, tally = restored.step, restored.state, Tally(**restored.extras)
             checkpoints.forget_after(start)
@@ -140,8 +144,8 @@ def fit(
                 if step - start == 1:
                     tally.first_step_s = time.perf_counter() - entered
                     progress.say(f"first step after {tally.first_step_s:.1f} s, of which compiling {tally.compile_s:.1f}")
-            elif step % c.log_every == 0:
-                meter.read(step if collect else step - 1)
+            elif (seen := step if collect else step - 1) % c.log_every == 0:
+                meter.read(seen)
             evaluates = step == total or due(step, eval_every)
             stops = vote(asked.signum)
             saves = step == total or due(step, save_every) or bool(stops)

@@ -1,7 +1,7 @@
 """The manifest: what a run was made of, by content, so that a resumed run is known to be the same one.
 
     {"created", "versions", "device", "config": {"optim.lr": 1e-4, ...},
-     "hashes": {"data", "template", "tokenizer", "base", "adapter"}, "data": rows by reason, tokens, "lengths"}
+     "hashes": {"data", "template", "tokenizer", "base", "adapter", "rewards"}, "data": rows by reason, tokens, "lengths"}
 
 Hashes are sha256. Weights may be many gigabytes, so of each safetensors file its header (every tensor's name, shape, dtype and
 place) counts, of every tensor the first and last 64 KiB, and embeddings and heads whole, of which training may change rows of a

@@ -375,6 +375,16 @@ def test_a_mistake_is_told_before_anything_runs(world, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_another_reward_function_under_the_same_name_is_another_run(world, tmp_path):
+    own = shutil.copy(world.root / "mine.py", tmp_path / "own.py")
+    config = world(**{"grpo.rewards": f"{own}:vowels", "train.steps": 1})
+    tasks.train(config, tmp_path / "run")
+    with open(own, "a") as file:
+        file.write("vowels = lambda completions: [0.0 for _ in completions]\n")
+    with pytest.raises(UserError, match="rewards: contents changed"):
+        tasks.train(config, tmp_path / "run")
+
+
 def test_samples_have_what_was_said_before_and_after(run):
     rows = [json.loads(line) for line in (run[0] / "samples.jsonl").read_text().splitlines()]
     assert rows and {"prompt", "expected", "base", "tuned", "reward_base", "reward_tuned"} <= rows[0].keys()

@@ -67,8 +67,8 @@ def test_compiled_once_and_read_seldom(train, tmp_path, monkeypatch, caplog):
     compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(step)")]
     assert len(compiled) == len(places) == 1, compiled
     assert places[0][0] >= places[0][1] > 0
-    # two while warming up, one an interval, one at the end; the evaluations before, after, and of the test rows
-    assert len(reads) == 2 + 2 + 1 + 3
+    # two while warming up, one after step 20, one at the end; the evaluations before, after, and of the test rows
+    assert len(reads) == 2 + 1 + 1 + 3
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 41))
 
 
@@ -87,7 +87,7 @@ def test_metrics_are_read_a_step_late(monkeypatch, train, tmp_path):
     monkeypatch.setattr(meter.Meter, "add", noted)
     monkeypatch.setattr(meter.Meter, "read", watched)
     train(tmp_path / "run", **{"train.log_every": 4, "train.eval_every": 0})
-    assert set(behind) == {(1, 0), (2, 0), (4, 1), (8, 1), (12, 1), (12, 0)}
+    assert set(behind) == {(1, 0), (2, 0), (5, 1), (9, 1), (12, 0)}
 
 
 def test_summary_says_what_the_run_did(finished, tmp_path):
@@ -275,6 +275,17 @@ def test_force_goes_on_with_the_new_config(train, finished, tmp_path):
     assert train(workdir, force=True, **longer)["steps"] == 16
     assert [line["step"] for line in metrics(workdir)] == list(range(1, 17))
     assert train(workdir, **longer)["steps"] == 16  # the new config is now the run's own
+
+
+@pytest.mark.parametrize("changes, told", [({"lora.rank": 4}, "16] where this config makes"), ({"optim.name": "sgd"}, "nothing")])
+def test_what_force_cannot_go_on_with_leaves_the_run_as_it_was(train, finished, tmp_path, changes, told):
+    workdir, what = finished(tmp_path), ("config.json", "manifest.json", "metrics.jsonl")
+    before = [(workdir / name).read_bytes() for name in what]
+    with pytest.raises(UserError, match="go on with the config that it was made by") as refused:
+        train(workdir, force=True, **{"train.eval_every": 6} | changes)
+    assert told in str(refused.value)
+    assert [(workdir / name).read_bytes() for name in what] == before
+    assert train(workdir, **{"train.eval_every": 6})["steps"] == 12
 
 
 def test_keys_that_change_nothing_computed_are_free(train, finished, tmp_path):
