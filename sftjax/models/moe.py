@@ -113,6 +113,8 @@ def _sharded(c: DecoderConfig, x: Array, choices: Array, weights: Array, kernels
     )
 
     def local(x: Array, choices: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
+        if keys is not None:  # or rows of two devices would drop the same
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, jax.lax.axis_index((*sharding.BATCH, *split)))
         if shards == 1:
             return _experts(c, x, choices, weights, kernels, keys)
         gather = partial(jax.lax.all_gather, axis_name=sharding.EXPERT, axis=0, tiled=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import assert_trees_close, batch, config, params, pieces, unpacked
 
+from sftjax import sharding
 from sftjax.losses import masked_xent
 from sftjax.losses.tokens import balance, shift
 from sftjax.models.config import Experts
@@ -181,6 +182,21 @@ def test_dropout_reaches_the_experts(reference):
     one, other = run(jax.random.key(1)), run(jax.random.key(2))
     np.testing.assert_array_equal(one, run(jax.random.key(1)))
     assert np.abs(one - other)[np.asarray(PACKED.segments) > 0].mean() > 1e-3
+
+
+def test_devices_drop_otherwise_each():
+    """Rows of one text, each on a device of its own."""
+    low = lora(params(MIXED), jax.random.key(0), rank=2, targets="experts.up_proj", dropout=0.5)
+    low = jax.tree.map(lambda x, trains: x + 0.1 if trains else x, low, select.added(low))
+    row = batch([[16]], 16)
+    rows = jax.tree.map(lambda x: jnp.concatenate([x] * 8), row)
+    mesh = sharding.make_mesh(data=8)
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda p, key: forward(Decoder(MIXED))(p, rows, key).hidden)
+        placed = sharding.placed(low, mesh)
+        one, other = run(placed, jax.random.key(1))[:2]
+        np.testing.assert_allclose(*run(placed, None)[:2], rtol=1e-5, atol=1e-5)
+    assert np.abs(one - other).max() > 1e-2
 
 
 # -- cost, of the compiled program
