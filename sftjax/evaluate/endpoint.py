@@ -8,6 +8,7 @@ goes into one header and nowhere else: not along a redirect, not into a message.
 from __future__ import annotations
 
 import json
+import queue
 import random
 import threading
 import time
@@ -15,7 +16,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException, InvalidURL
 from typing import Any
@@ -97,15 +97,34 @@ class Endpoint:
             return
         first = min(range(len(asks)), key=lambda i: sum(len(str(m.content)) for m in asks[i][0]))
         yield first, self.ask(*asks[first])
-        with ThreadPoolExecutor(parallel) as pool:
-            waiting = {pool.submit(self.ask, *asks[i]): i for i in range(len(asks)) if i != first}
-            try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
-            except BaseException:
-                self.over.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        rest: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for i in range(len(asks)):
+            if i != first:
+                rest.put(i)
+        replies: queue.SimpleQueue[tuple[int, Reply | Exception]] = queue.SimpleQueue()
+
+        def work() -> None:
+            while not self.over.is_set():
+                try:
+                    i = rest.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    replies.put((i, self.ask(*asks[i])))
+                except Exception as e:  # handed to whoever waits for the reply
+                    replies.put((i, e))
+
+        for _ in range(min(parallel, len(asks) - 1)):
+            threading.Thread(target=work, daemon=True).start()  # an executor's threads would be waited for after Ctrl-C
+        try:
+            for _ in range(len(asks) - 1):
+                i, reply = replies.get()
+                if isinstance(reply, Exception):
+                    raise reply
+                yield i, reply
+        except BaseException:
+            self.over.set()
+            raise
 
     def ask(self, messages: Sequence[Message], tools: Any = None) -> Reply:
         """The answer to a conversation. Raises UserError; a row that the server refuses is a Reply without text."""

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 
 import pytest
 from fake_server import failing, said, serving
@@ -99,6 +100,25 @@ def test_a_server_that_is_too_slow_is_given_up(monkeypatch):
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
         with pytest.raises(UserError, match=r"no answer within 0\.05 s, 2 times in a row"):
             Endpoint(url, "m", timeout=0.05).ask(HI)
+
+
+def test_who_leaves_waits_for_no_answer():
+    held = threading.Event()
+
+    def reply(body, headers):
+        if body["messages"][-1]["content"] == "think long":
+            held.wait(20)
+        return said("yes")
+
+    asks = [([Message("user", text)], None) for text in ("hi", "hello", "think long", "think long")]
+    with serving(reply) as server:
+        replies = Endpoint(server.url, "m", timeout=30).each(asks, parallel=3)
+        assert {next(replies)[0], next(replies)[0]} == {0, 1}
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            replies.throw(KeyboardInterrupt)
+        assert time.monotonic() - began < 10
+        held.set()
 
 
 def test_options_of_reasoning_models():
