@@ -15,11 +15,13 @@ from optax.contrib import MuonDimensionNumbers, muon
 from sftjax import tree
 from sftjax.train.eight_bit import blocked, scale_by_adam_8bit
 
+EMBED = re.compile(r"(^|/)embed/")
 LAYERS = re.compile(r"(^|/)(layers|lower)/")  # of a model that stands beside the one that trains too
 
 
 def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate of a step: linear warm-up from 0, then the named decay to `final_lr * lr` at the last step."""
+    """Learning rate of a step: linear warm-up from lr / n, then the named decay, which would reach `final_lr * lr` one step after
+    the last, as transformers' do; wsd reaches it at the last."""
     warmup = round(c.warmup * steps) if c.warmup < 1 else int(c.warmup)
     warmup = min(warmup, max(steps - 1, 0))
     rest, end = max(steps - warmup, 1), c.final_lr * c.lr
@@ -32,7 +34,9 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
             after = optax.constant_schedule(c.lr)
         case "wsd":  # warm-up, stable, decay: arXiv:2404.06395
             decay = min(max(1, round(c.decay * steps)), rest)
-            after = optax.join_schedules([optax.constant_schedule(c.lr), optax.linear_schedule(c.lr, end, decay)], [rest - decay])
+            after = optax.join_schedules(
+                [optax.constant_schedule(c.lr), optax.linear_schedule(c.lr, end, decay)], [max(rest - decay - 1, 0)]
+            )
     # the first step already moves: a warm-up of n steps takes lr / n, 2 lr / n, ...
     return optax.join_schedules([optax.linear_schedule(c.lr / max(warmup, 1), c.lr, max(warmup - 1, 1)), after], [warmup])
 
@@ -109,7 +113,7 @@ def _adam_8bit(c: ConfigDict) -> optax.GradientTransformation:
     transforms = {"8bit": scale_by_adam_8bit(c.b1, c.b2, c.eps), "float32": optax.scale_by_adam(c.b1, c.b2, c.eps)}
 
     def label(path: str, w: Any) -> Any:
-        return jax.tree.map(lambda x: "8bit" if blocked(x) and not path.startswith("embed/") else "float32", w)
+        return jax.tree.map(lambda x: "8bit" if blocked(x) and not EMBED.search(path) else "float32", w)
 
     return optax.partition(transforms, lambda trainable: tree.map_leaves(label, trainable))
 

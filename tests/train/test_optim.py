@@ -45,8 +45,9 @@ def test_schedules_warm_up_peak_and_end(name, warmup, expected):
 
 def test_wsd_is_flat_and_then_falls_in_its_share():
     lr = curve(40, schedule="wsd", warmup=4, decay=0.25)
-    np.testing.assert_allclose(lr[4:31], LR, rtol=1e-5)
-    np.testing.assert_allclose(lr[30:], LR * np.linspace(1, 0, 11), atol=1e-7)
+    np.testing.assert_allclose(lr[4:30], LR, rtol=1e-5)
+    np.testing.assert_allclose(lr[29:40], LR * np.linspace(1, 0, 11), atol=1e-7)
+    assert curve(10, schedule="wsd", warmup=0, decay=0.1)[9] == 0  # a decay of one step too
 
 
 @pytest.mark.parametrize("name", CHOICES["optim.schedule"])
