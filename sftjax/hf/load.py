@@ -31,6 +31,7 @@ from sftjax.weights.quantize import Quantised
 # What a download fetches: no .bin twins, no `original/` copies.
 WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*"]
 WANTED += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja"]
+WANTED += ["*.py"]  # a tokenizer's own, which only model.trust_remote_code runs
 NOT_PARAMETERS = re.compile(r"rotary_emb\.inv_freq$")  # buffers that old exports saved
 
 

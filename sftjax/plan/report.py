@@ -16,6 +16,7 @@ from sftjax.config import UserError, default, override
 from sftjax.data import pipeline
 from sftjax.data.prompts import stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
+from sftjax.hf.load import resolve
 from sftjax.plan import exact
 from sftjax.plan.chips import CHIPS, GIB, MIB, SHAPES, Chip, Topology, parse
 from sftjax.plan.flops import Work, count
@@ -117,7 +118,8 @@ def estimator(job: Dry, where: Topology | None) -> Estimator:
 def read_rows(config: ConfigDict) -> Rows:
     """Counted by the data's own pipeline, where the files and a tokenizer are at hand."""
     try:
-        tokenizer = open_tokenizer(config.model.path, None, config.model.trust_remote_code, config.model.revision)
+        adapter = resolve(config.model.adapter, needs="adapter_config.json") if config.model.adapter else None
+        tokenizer = open_tokenizer(config.model.path, adapter, config.model.trust_remote_code, config.model.revision)
         chat, _ = chat_for(config, tokenizer)
         splits = pipeline.build(config, chat, say=lambda _: None)
         steps = stream(splits.train, config)

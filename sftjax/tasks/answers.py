@@ -80,7 +80,9 @@ class Answers:
         """sha256 of all that decides the answers before training."""
         asked = [(q.ids, q.expected) for q in self.questions]
         hashes = self.job.manifest["hashes"]
-        decides = [asked, hashes["base"], hashes["adapter"], self.job.chat.stop_ids, self.job.config.eval.max_new_tokens]
+        c = self.job.config
+        decides = [asked, hashes["base"], hashes["adapter"], self.job.chat.stop_ids, c.eval.max_new_tokens]
+        decides += [c.model.quantize, str(self.job.decoder.dtype)]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def say(self, when: str, answers: list[heldout.Answer]) -> None:

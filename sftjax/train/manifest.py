@@ -161,10 +161,10 @@ def hash_weights(directory: Path) -> str:
             digest.update(f"{name}\0{tensor.dtype}{tensor.shape}{tensor.offset}\0".encode())
             data = tensor.view().reshape(-1).view(np.uint8)
             if data.size <= 2 * EDGE or WHOLE.search(name):
-                digest.update(data)
+                digest.update(data.data)
             else:
-                digest.update(data[:EDGE])
-                digest.update(data[-EDGE:])
+                digest.update(data[:EDGE].data)
+                digest.update(data[-EDGE:].data)
     return digest.hexdigest()
 
 
