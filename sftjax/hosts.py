@@ -35,7 +35,7 @@ Q = ParamSpec("Q")
 
 
 class Lost(UserError):
-    """Another process is gone: nothing that needs all of them can be done any more, leaving in good order neither."""
+    """Another process is gone. Nothing that needs every process can be done any more, not even an orderly exit."""
 
 
 def many() -> bool:
@@ -200,10 +200,9 @@ def refuse_idle(mesh: Mesh) -> None:
 
 
 def votes(mesh: Mesh) -> Callable[[int], int]:
-    """`vote(mine) -> of all`: the largest number that any process gave in the call before, 0 in the first.
+    """`vote(mine)` returns the largest number that any process gave in the previous call, 0 in the first.
 
-    It is asked for in one call and read in the next, so that a step of training is never waited for. One process hears itself
-    at once.
+    The answer is read one call late so that training never waits for it. With one process, `mine` comes straight back.
     """
     if not many():
         return lambda mine: mine

@@ -140,9 +140,9 @@ def parts(weight: Any, axes: tuple[str | None, ...], spec: Callable[[tuple[str |
 
 
 def gathered(weight: Any, axes: tuple[str | None, ...]) -> Any:
-    """A kernel with what `fsdp` splits of its parts made whole, the parts that they are: of one that is quantised, codes travel.
+    """`weight` with what `fsdp` splits of it gathered in the form it is stored in, so that a quantised kernel travels as codes.
 
-    It is the constraint on a dequantised kernel that would have the wide copy travel instead.
+    A constraint on the dequantised kernel would send the wide copy.
     """
     if mesh_in_use() is None:
         return weight

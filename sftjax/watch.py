@@ -26,7 +26,8 @@ BYE = b"\xff\xff"
 
 
 def watch() -> Callable[[bool], None]:
-    """Starts to watch. What it returns is called when this process ends: in order, or so that the others should."""
+    """Starts watching. Call what it returns when this process ends: with True where all is well, with False where the others
+    should end too."""
     server = socket.create_server(("", 0)) if hosts.first() else None
     mine = os.urandom(8) + (server.getsockname()[1] if server else 0).to_bytes(2, "big")
     said = bytes(hosts.gather(np.frombuffer(mine, np.uint8))[0])

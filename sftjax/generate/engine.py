@@ -57,7 +57,7 @@ class Engine:
         LowRank, Dora over Nf4, Int8   applied; the kernel stays in few bits
         Adapter                        applied: it is no matrix
 
-    With `share` nothing is merged in float32 either: for one who asks a model a little between two steps of its training.
+    With `share` nothing is merged in float32 either: for short generation between training steps.
     On a CPU decoding has its own copy of the layers (apart.py), made with the first answer.
     """
 

@@ -158,7 +158,7 @@ class Flight:
         return self.state.cache[0].v.shape[3]
 
     def next(self, n: int = CHUNK, *, waiting: bool = False) -> dict[int, list[int]]:
-        """The next tokens of each slot under way, of up to n passes; a slot whose row has ended comes for the last time, and is
+        """The new tokens of each busy slot after up to n passes. A slot whose row has ended is returned once more and is then
         free.
 
         A row that has just joined brings the token that prefill made besides. `waiting`: come back as soon as R slots are free.

@@ -27,8 +27,8 @@ Forward = Callable[..., Output]
 Loss = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]]]
 
 # Logits at a time on a device. Few stay in a CPU's caches; an accelerator reads the whole head for each block, and needs rows
-# enough to be busy meanwhile: of a vocabulary of 128k these are 32 and 500 tokens. The gradient of a head that trains is added to
-# after each, [D, V] in float32, as large as D tokens' logits: its blocks are four times as large.
+# enough to be busy meanwhile: of a vocabulary of 128k these are 32 and 500 tokens. A head that trains has a float32 gradient
+# [D, V], which every block reads and writes, so its blocks are four times as large.
 BLOCK, WIDE = 2**22, 2**26
 
 

@@ -45,8 +45,9 @@ def attention(
 ) -> Array:
     """q [B, T, N, H], k and v [B, T, K, H], segments [B, T] -> [B, T, N, H] in q's dtype.
 
-    A window counts the keys a query sees, its own included; None is all. Where layers of a scan differ, `which` of the
-    windows holds in this one: a traced number, since each window is a program of its own, which skips what it never sees.
+    A window counts the keys a query sees, its own included; None is all. `which` is the index of this layer's window. It is
+    traced, so that one scan body serves layers of different windows; each is a branch of its own, which skips keys it can
+    never see.
     """
     fn = partial({"tpu": _splash, "gpu": _flash}.get(jax.default_backend(), _attention), how=How(windows, scale, softcap))
     which = jnp.zeros((), jnp.int32) if which is None else which

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from sftjax import sharding, tree
@@ -27,7 +26,7 @@ from sftjax.data.batch import Batch, Referred
 from sftjax.hf.load import load_config, read_json, resolve
 from sftjax.hf.model import compute_dtype
 from sftjax.hf.peft_read import load_adapter, saved_modules
-from sftjax.losses import Loss, dpo, kto, masked_xent, neftune
+from sftjax.losses import Loss, dpo, kto
 from sftjax.losses.policy import Rollouts, tempered
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, forward, init
@@ -37,9 +36,10 @@ from sftjax.tasks import dpo as dpo_task
 from sftjax.tasks import grpo as grpo_task
 from sftjax.tasks import kto as kto_task
 from sftjax.tasks import reward as reward_task
+from sftjax.tasks import sft as sft_task
 from sftjax.tasks.base import REWARD, check_head
 from sftjax.tasks.reference import precomputed, reference
-from sftjax.train import optim
+from sftjax.train import loop, optim
 from sftjax.train.step import State, init_state, make_step
 from sftjax.weights import method
 from sftjax.weights.lora import rates
@@ -190,9 +190,7 @@ def weights(
 
 
 def _tokens(job: Dry) -> Loss:
-    c = job.config.loss
-    noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
-    return masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance)
+    return sft_task.loss_of(job.config.loss, job.forward)
 
 
 def _reference(job: Dry) -> Callable[[Any], Any] | str:
@@ -236,7 +234,8 @@ LOSSES: dict[str, Callable[[Dry], Loss]] = {
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Whoever asks jax what it runs on is told what the step is compiled for."""
+    """Whoever asks jax what it runs on is told what the step is compiled for: for the whole process, whose threads ask nothing
+    meanwhile. The kernels of a platform are chosen so, and jax has no other way to lower for one that is not there."""
     asked = jax.default_backend
     jax.default_backend = lambda: platform
     try:
@@ -256,7 +255,6 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 def placed(job: Dry, mesh: Mesh | AbstractMesh) -> tuple[State, Any, Batch]:
     """The step's arguments with the shardings that a run gives them."""
-    whole = NamedSharding(mesh, P())
 
     def put(x: Any, where: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -266,20 +264,8 @@ def placed(job: Dry, mesh: Mesh | AbstractMesh) -> tuple[State, Any, Batch]:
     def homes_of(part: Any) -> Any:
         return jax.tree.map(lambda x, home: None if x is None else home, part, everywhere, is_leaf=lambda x: x is None)
 
-    homes = homes_of(job.trainable)
-    by_path = {
-        jax.tree_util.keystr(path): (x.shape, home)
-        for (path, x), home in zip(jax.tree_util.tree_leaves_with_path(job.trainable), jax.tree.leaves(homes))
-    }
-
-    def like_its_weight(path: Any, x: Any) -> Any:
-        """The loop's rule: a moment lies where its weight lies, whose path ends its own."""
-        name = jax.tree_util.keystr(path)
-        home = next((home for end, (shape, home) in by_path.items() if name.endswith(end) and shape == x.shape), whole)
-        return put(x, optim.host(x, home) if job.config.optim.offload else home)
-
-    opt_state = jax.tree_util.tree_map_with_path(like_its_weight, job.state.opt_state)
-    scalars = jax.tree.map(lambda x: put(x, whole), job.state._replace(trainable=None, opt_state=None))
-    state: State = scalars._replace(trainable=jax.tree.map(put, job.trainable, homes), opt_state=opt_state)
+    trainable = jax.tree.map(put, job.trainable, homes_of(job.trainable))
+    homes = loop.homes(job.state, trainable, mesh, offload=job.config.optim.offload)
+    state: State = jax.tree.map(put, job.state, homes)
     frozen = jax.tree.map(put, job.frozen, homes_of(job.frozen))
     return state, frozen, jax.tree.map(lambda x: put(x, sharding.batch_sharding(mesh)), job.batch)

@@ -90,11 +90,11 @@ class Judge:
         self.score = jax.jit(lambda params, batch: segment_scores(run(params, batch), batch.segments, 1)[0][:, 0, 0])
 
     def __call__(self, answers: Sequence[Answered]) -> list[float]:
-        sequences = [[*a.question.ids, *a.ids, *self.after[a.stopped]] for a in answers]
+        read = [[*a.question.ids, *a.ids, *self.after[a.stopped]] for a in answers]
         found: list[float] = []
         mesh = self.job.mesh
         for at in range(0, len(answers), self.rows):
-            rows = [[(np.array(ids, np.int32), np.zeros(len(ids), np.float32), 1)] for ids in sequences[at : at + self.rows]]
+            rows = [[(np.array(ids, np.int32), np.zeros(len(ids), np.float32), 1)] for ids in read[at : at + self.rows]]
             batch = assemble(rows + [[]] * (self.rows - len(rows)), self.length)
             scores = self.score(self.params, hosts.to_devices(hosts.own(batch, mesh), mesh))
             found += hosts.fetch(scores)[: len(rows)].tolist()

@@ -11,7 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sftjax.losses import masked_xent, neftune
+from sftjax.losses import Loss, masked_xent, neftune
+from sftjax.losses.tokens import Forward
 from sftjax.tasks.answers import Answers
 from sftjax.tasks.job import Job
 
@@ -25,12 +26,16 @@ def learn(job: Job, summary: Callable[[Answers], dict[str, Any]] = Answers.summa
     """The job with these losses; `summary` is what summary.json holds of the answers."""
     answers = Answers(job)
     answers.before()
-    c = job.config.loss
-    noisy = neftune(job.forward, alpha=c.neftune_alpha) if c.neftune_alpha else job.forward
     params, tally = job.fit(
-        loss=masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance),
+        loss=loss_of(job.config.loss, job.forward),
         eval_loss=masked_xent(job.forward),
         answer=answers.now,
     )
     answers.after(params)
     return job.finish(tally, summary(answers), answers.samples())
+
+
+def loss_of(c: ConfigDict, forward: Forward) -> Loss:
+    """By config.loss."""
+    noisy = neftune(forward, alpha=c.neftune_alpha) if c.neftune_alpha else forward
+    return masked_xent(noisy, label_smoothing=c.label_smoothing, z_loss=c.z_loss, router_balance=c.router_balance)

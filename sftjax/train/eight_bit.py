@@ -4,8 +4,8 @@
 
 Like the paper's, the codes lie close together near 0 and reach over many decades; a power needs no table to look them up in.
 Within an order of magnitude of s the error is at most 3 % of m and 3 % of v's root, in which steps are measured. s follows the
-block's largest gradient as its moment does each one, and so bounds it: the new moments need not be there before s is, and an
-update is one fused loop, with nothing in float32 kept.
+block's largest gradient as its moment does each one, and so bounds it: s can be updated before the new moments are known, and
+an update is one fused loop that stores nothing in float32.
 
 A step changes v by a thousandth, less than half of what lies between two codes: rounded to the nearest it would never move.
 So v is rounded up or down at random, in proportion, by a hash of (place, step): its mean is right, and a resumed run's is the

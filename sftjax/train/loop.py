@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 from ml_collections import ConfigDict
@@ -180,8 +180,8 @@ def due(step: int, every: int) -> bool:
 
 def lower(step: Step, state: State, frozen: Any, batch: Any) -> Lowered:
     """The compiler's input: the step for arrays like these, its state donated and the new one where the old one is."""
-    homes = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
-    return jax.jit(step, donate_argnums=0, out_shardings=(homes, None)).lower(state, frozen, batch)
+    same = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
+    return jax.jit(step, donate_argnums=0, out_shardings=(same, None)).lower(state, frozen, batch)
 
 
 def freed(state: State) -> State:
@@ -192,13 +192,18 @@ def freed(state: State) -> State:
 
 
 def place(state: State, trainable: Any, mesh: Mesh, *, offload: bool = False) -> State:
-    """The optimiser's moments lie where their parameters lie, or with `offload` in its host; all else on every device."""
-    homes = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
+    return jax.device_put(state, homes(state, trainable, mesh, offload=offload))
 
-    def put(path: Any, x: jax.Array) -> jax.Array:
+
+def homes(state: State, trainable: Any, mesh: Mesh | AbstractMesh, *, offload: bool = False) -> Any:
+    """Where each array of `state` lies: the optimiser's moments where their parameters lie, or with `offload` in its host; all
+    else on every device."""
+    known = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def home(path: Any, x: Any) -> Any:
         name = jax.tree_util.keystr(path)
-        like = next((p for p_name, p in homes.items() if name.endswith(p_name) and p.shape == x.shape), None)
-        home = NamedSharding(mesh, P()) if like is None else like.sharding
-        return jax.device_put(x, optim.host(x, home) if offload and name.startswith(".opt_state") else home)
+        like = next((p for p_name, p in known.items() if name.endswith(p_name) and p.shape == x.shape), None)
+        place = NamedSharding(mesh, P()) if like is None else like.sharding
+        return optim.host(x, place) if offload and name.startswith(".opt_state") else place
 
-    return jax.tree_util.tree_map_with_path(put, state)
+    return jax.tree_util.tree_map_with_path(home, state)

@@ -41,7 +41,7 @@ TOKENIZER = (
     "tokenizer.model",
     "spiece.model",
 )
-# what says how a run is watched and kept, or where and in what order it computes the same: free to change when it resumes
+# keys that change only logging, checkpointing, placement or recomputation: free to change on resume
 FREE = {
     "mesh.data",
     "mesh.fsdp",

@@ -83,7 +83,8 @@ def optimizer(c: ConfigDict, rate: optax.Schedule, rates: Any = None) -> optax.G
 
 
 def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, whose arrays are the host's: they come to the device for an update, when what the backward pass kept is gone.
+    """`inner` with its arrays in the host's memory. They come to the device for the update, after the backward pass has let its
+    activations go.
 
     The step's caller says where they lie between steps: `host`. They begin there, with no copy on the device.
     """

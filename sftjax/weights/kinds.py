@@ -8,8 +8,8 @@
     Tokens       an embedding or a head, of which the rows of some tokens train
     Capped       cap * tanh(x @ base / cap), a head's soft cap
 
-The base comes first in every node and may itself be a kind: `lora(quantize(params))` is QLoRA. What `trains` names are the
-parts that training may change, of the base those that it says itself.
+The base comes first in every node and may itself be a kind: `lora(quantize(params))` is QLoRA. `trains` names the parts that
+training may change; where it names the base, the base's own `trains` decides.
 """
 
 from __future__ import annotations
@@ -242,8 +242,8 @@ def merges(w: Weight) -> bool:
 def cast(w: Any, dtype: Any) -> Any:
     """`w`, a weight or a tree of them, for products in `dtype`; what is in it already is the same array.
 
-    What is quantised keeps its parts. So does a Dora whose norms are still to be taken, which would be others; of one that
-    is divided the magnitude stays, which would round to 1.
+    What is quantised keeps its parts. A Dora whose norms have not been taken is left alone, since casting its base would change
+    them. A divided one keeps its magnitude's dtype: it would round to 1.
     """
 
     def part(x: Any) -> Any:

@@ -41,7 +41,8 @@ def quantiser(shapes: Any, c: ConfigDict, modules: str | Sequence[str] = ()) -> 
 
 
 def plan(shapes: Any, c: ConfigDict, modules: str | Sequence[str] = (), ids: Sequence[int] = ()) -> Any:
-    """The mask that a run over `shapes` will have, without an array made: what the config names wrongly is told first.
+    """The mask that a run over `shapes` will have, worked out without making an array, so that a wrong name in the config is
+    reported before anything is loaded.
 
     Raises UserError. Of an adapter (`model.adapter`), whose kinds are in its files, it says nothing.
     """

@@ -46,7 +46,10 @@ MODULES = {
 KERNELS = ("/kernel", "/embedding")
 ENDS = ("head/kernel", "embed/embedding")  # not among "all-linear", as everywhere
 SCORE = "score/kernel"  # trains as a whole, whatever the method
-GATES = ("layers/mlp/router/kernel", "layers/mlp/shared_gate/kernel")  # nor these: who sees a token is not what they say of it
+GATES = (
+    "layers/mlp/router/kernel",
+    "layers/mlp/shared_gate/kernel",
+)  # nor a mixture's gates: they decide which expert sees a token
 
 
 def match(params: Any, targets: str | Sequence[str], option: str = "lora.targets") -> set[str]:
