@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Splits:
 
     report = {"read", "kept", "dropped": {reason: rows}, "truncated", "unterminated", "eval_rows_in_train",
               "train" | "eval" | "test": {"rows", "tokens", "trained_tokens"},
-              "sources": [{"path", "weight", "rows", "sha256", "tokens_sha256"}], "template_sha256", "tokenizer_sha256"}
+              "sources": [{"path", "weight", "rows", "sha256", "tokens_sha256", "rows_sha256"}],
+              "template_sha256", "tokenizer_sha256"}
     """
 
     train: Rows
@@ -100,13 +101,22 @@ def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None 
         report[name] = {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
     report["sources"] = [
         {"path": o.source.path, "weight": o.source.weight, "rows": len(o.store)}
-        | {"sha256": o.digest, "tokens_sha256": o.store.tokens_sha256}
+        | {"sha256": o.digest, "tokens_sha256": o.store.tokens_sha256, "rows_sha256": o.store.rows_sha256}
         for o in opened
     ]
     report["template_sha256"] = sha256(chat.template or "")
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))
     tell(report, say)
     return Splits(train, evaluation, test, report, ledger.rejected + ledger.dropped())
+
+
+def data_hash(report: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
+    """sha256 of the rows of every source of a report: what they encode to, and their labels, ranks and other columns.
+
+    `like` is the report that another hash was made of: an older sftjax hashed what rows encode to and nothing else.
+    """
+    older = any("rows_sha256" not in source for source in (like or report).get("sources", ()))
+    return sha256("".join(source["tokens_sha256" if older else "rows_sha256"] for source in report.get("sources", ())))
 
 
 def room(config: ConfigDict, want: str) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import config as schema
+from sftjax.data.pipeline import data_hash
 from sftjax.train.run import clean
 
 PACKAGES = ("sftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "safetensors")
@@ -75,7 +76,7 @@ def manifest(
     tokenizer_dir: Path | None = None,
     lengths: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a run about to start. `data_hash` is of the tokenised rows; `lengths` is a `length_histogram`.
+    """The manifest of a run about to start. `data_hash` is the pipeline's; `lengths` is a `length_histogram`.
 
     `tokenizer_dir` None is `base_dir`.
     """
@@ -118,6 +119,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     before, after = old.get("hashes", {}), new.get("hashes", {})
     changed = [part for part in after if part in before and before[part] != after[part]]
+    if "data" in changed and before["data"] == data_hash(new.get("data", {}), like=old.get("data")):
+        changed.remove("data")  # as an older sftjax hashed it, it is the same
     defaults = leaves(clean(schema.default())[0])
     a, b = (leaves(clean(m.get("config", {}))[0]) for m in (old, new))
     out = []

@@ -14,7 +14,7 @@ from sftjax.config import UserError, default
 from sftjax.data import cache, encode, pairs
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import read_examples
-from sftjax.data.pipeline import build
+from sftjax.data.pipeline import build, data_hash
 from sftjax.data.preview import preview
 from sftjax.data.rows import OTHER, split_keys
 from sftjax.data.stream import Stream, eval_batches
@@ -250,6 +250,27 @@ def test_anothers_answer_never_makes_a_row_too_long_and_a_row_alone_has_none(tmp
     assert {len(without.parts(i)) for i in range(len(without))} == {1} and len(without) == len(got)
     alone = run(config(tmp_path, [labelled(1)], split=(1, 0, 0)), "kto").train
     assert len(alone.parts(0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "other"),
+    [
+        ("kto", labelled(1), {"label": False}),
+        ("reward", ranking(1, ranks=[1, 2, 3, 4]), {"ranks": [1, 2, 2, 3]}),
+        ("grpo", {"prompt": "q", "answer": "4"}, {"answer": "5"}),
+        ("sft", {"instruction": "q", "output": "a", "tags": "x"}, {"tags": "y"}),
+    ],
+)
+def test_what_rows_say_beside_their_tokens_is_of_the_datas_hash(tmp_path, task, row, other):
+    c = config(tmp_path, split=(1, 0, 0), max_length=1024)
+    c.reward.loss = "plackett_luce"
+    reports = []
+    for i, held in enumerate((row, row | other, row)):
+        c.data.train = (write(tmp_path / f"{i}.jsonl", [held]),)
+        reports.append(run(c, task).report)
+    assert len({report["sources"][0]["tokens_sha256"] for report in reports}) == 1
+    one, changed, again = map(data_hash, reports)
+    assert one == again != changed
 
 
 # -- what a task asks for

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sftjax.config import default
+from sftjax.data.pipeline import data_hash
 from sftjax.train import manifest as m
 from sftjax.train.run import clean
 
@@ -52,6 +53,17 @@ def test_each_kind_of_difference_is_named(base):
     assert m.difference(old, make(base, template="other")) == ["template: contents changed"]
     (base / "tokenizer.json").write_text("{ }")
     assert m.difference(old, make(base)) == ["tokenizer: contents changed"]
+
+
+def test_a_run_of_an_older_version_is_known_by_its_tokens(base):
+    def of(**hashes):
+        report = {"sources": [hashes]}
+        return make(base, data_report=report, data_hash=data_hash(report))
+
+    old, new = of(tokens_sha256="a"), of(tokens_sha256="a", rows_sha256="b")
+    assert m.difference(old, new) == m.difference(old, of(tokens_sha256="a", rows_sha256="c")) == []
+    assert m.difference(old, of(tokens_sha256="b", rows_sha256="b")) == ["data: contents changed"]
+    assert m.difference(new, of(tokens_sha256="a", rows_sha256="c")) == ["data: contents changed"]
 
 
 @pytest.mark.parametrize("place", ["first", "last", "header", "size", "config"])
