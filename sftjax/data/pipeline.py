@@ -64,7 +64,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source with its encoded rows. `digest` is the sha256 of what its files hold, `key` its place in the cache."""
+    """A source with its encoded rows. `digest` is the sha256 of what its files hold and of which kinds they are."""
 
     source: Source
     files: list[str]
@@ -185,10 +185,10 @@ def cache_root(data: ConfigDict) -> Path:
 
 
 def content(files: Sequence[str]) -> str:
-    """sha256 over what the files hold, whatever they are called; of a hub dataset, over its rows."""
+    """sha256 over what the files hold and how they are read, whatever they are called; of a hub dataset, over its rows."""
     whole = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256()
+        one = hashlib.sha256(f"{kind(file)}\n".encode())
         if kind(file) is None:
             for _, row in read(file):
                 one.update(json.dumps(row, sort_keys=True, default=str).encode())

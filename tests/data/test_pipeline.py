@@ -204,6 +204,18 @@ def test_the_cache_goes_by_content_not_by_name(tmp_path):
     assert run(c).report["read"] == 11
 
 
+def test_the_same_bytes_in_another_kind_of_file_are_other_rows(tmp_path):
+    c = config(tmp_path, [{"text": f"{i}"} for i in range(9)], split=(1, 0, 0))
+    c.task = "pretrain"
+    first, again = tmp_path / "train.jsonl", tmp_path / "train.txt"
+    again.write_bytes(first.read_bytes())
+    said = []
+    for path in (first, again):
+        c.data.train = (str(path),)
+        said.append(run(c).train.example(3).text)
+    assert said == ["3", '{"text": "3"}']
+
+
 def test_an_entry_is_whole_or_not_there(tmp_path):
     def rows():
         yield Rejected("f", 1, "", "bad")
