@@ -1,5 +1,7 @@
 """Laws of the pipeline: the sum adds up, duplicates stay on one side, the cache knows content, a batch is its step number."""
 
+import pickle
+import subprocess
 from collections import Counter
 from itertools import chain
 
@@ -274,6 +276,20 @@ def test_workers_give_what_one_process_gives(tmp_path):
     many = run(c, said)
     assert any("2 processes" in line for line in said)
     assert texts(alone.train) == texts(many.train) and alone.report == many.report
+
+
+@pytest.mark.parametrize("last", [b"", pickle.dumps([1] * 1000)[:-9]])
+def test_a_worker_that_ends_is_told_and_the_pool_leaves_nothing_open(monkeypatch, last):
+    program = f"import os, sys; sys.stdin.buffer.read(1); os.write(1, {last!r}); sys.exit('out of it')"
+    start = subprocess.Popen
+    monkeypatch.setattr(encode.subprocess, "Popen", lambda args, **kw: start([args[0], "-c", program], **kw))
+    with (
+        pytest.raises(UserError, match=r"ended with 1; --config.data.workers=1 does without: out of it"),
+        encode.Pool(1, None, "answers") as pool,
+    ):
+        next(pool.map(iter([[Example("f", 1, text="a")]])))
+    (worker,) = pool.workers
+    assert worker.log.closed and worker.process.stdin.closed and worker.process.stdout.closed
 
 
 # -- the stream
