@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from sftjax.config import UserError
 from sftjax.data.chat import Chat, as_dict
 from sftjax.data.example import Example, RowError
 from sftjax.data.formats import SHOWN, Rejected
+from sftjax.data.lines import new_file, whole
 from sftjax.evaluate.heldout import Question, question
 from sftjax.generate.chat import open_engine
 from sftjax.generate.engine import Engine, Generated
@@ -35,13 +35,10 @@ def run_generate(
 ) -> None:
     """Answers `data`, a file of rows as training reads them or of mere questions, into `out`. `options` as in Engine.each.
 
-    Raises UserError where `out` exists and not `force`, and for rows that cannot be asked, before the first answer.
+    `out` is whole or not there. Raises UserError where it exists and not `force`, and for rows that cannot be asked, before the
+    first answer.
     """
-    target = Path(out)
-    if target.exists() and not force:
-        raise UserError(f"--out={out}: exists already; give --force to write over it")
-    if not target.parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {target.parent}")
+    target = new_file(out, force=force)
     engine, chat = open_engine(model, adapter, quantize)
     rows = list(read_questions(data, template=bool(chat.template)))
     refuse([row for row in rows if isinstance(row, Rejected)])
@@ -52,7 +49,7 @@ def run_generate(
     questions = ask(engine, chat, examples)
     answers = engine.each([q.ids for q in questions], tokenizer=chat.tokenizer, **options)
     bars = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with target.open("w", encoding="utf-8") as file, Progress(*bars, console=Console(stderr=True)) as progress:
+    with whole(target) as file, Progress(*bars, console=Console(stderr=True)) as progress:
         task = progress.add_task("answering", total=len(questions))
         waiting: dict[int, Generated] = {}
         written = 0
