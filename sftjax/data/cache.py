@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -158,20 +158,33 @@ def entry(root: Path, key: str) -> Iterator[Path]:
     """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+        fresh = root / f".new-{uuid.uuid4().hex}"
+        fresh.mkdir()  # not by tempfile, whose directories are for one user alone
         try:
             yield fresh
+            for path in (*fresh.iterdir(), fresh):
+                sync(path)
             try:
                 os.rename(fresh, root / key)
             except OSError:
                 if not (root / key).exists():  # else another process was quicker, with the same content
                     raise
+            sync(root)  # the rename itself
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as e:
         raise UserError(
             f"{root}: the tokenised data cannot be written ({e.strerror or e}); name another place with --config.data.cache_dir"
         ) from e
+
+
+def sync(path: Path) -> None:
+    """What a file or directory holds is on the disk, whatever happens to the power."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def content_key(example: Example) -> int:

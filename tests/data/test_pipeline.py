@@ -1,5 +1,6 @@
 """Laws of the pipeline: the sum adds up, duplicates stay on one side, the cache knows content, a batch is its step number."""
 
+import os
 import pickle
 import subprocess
 from collections import Counter
@@ -226,6 +227,25 @@ def test_an_entry_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt), cache.entry(tmp_path, "key") as place:
         cache.write(place, rows(), ["f"])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_entry_is_for_all_whom_the_umask_lets_in(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with cache.entry(tmp_path, "key") as place:
+            (place / "file").touch()
+    finally:
+        os.umask(before)
+    assert [oct(p.stat().st_mode & 0o777) for p in (tmp_path / "key", tmp_path / "key" / "file")] == ["0o750", "0o640"]
+
+
+def test_an_entry_outlives_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    with cache.entry(tmp_path, "key") as place:
+        (place / "file").touch()
+        held = [path.stat().st_ino for path in (place / "file", place, tmp_path)]
+    assert synced == held
 
 
 def test_the_hash_of_tokens_is_of_what_rows_encode_to(tmp_path):
