@@ -55,10 +55,15 @@ def resolve(spec: str) -> list[str]:
 
 
 def _walk(folder: str) -> list[str]:
-    if os.path.exists(os.path.join(folder, "dataset_info.json")) and glob.glob(os.path.join(folder, "*.arrow")):
-        raise UserError(f"{folder}: a dataset saved with save_to_disk; write it with to_parquet or to_json instead")
-    files = (p for p in Path(folder).rglob("*") if p.is_file() and kind(p.name))
-    return sorted(str(p) for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = [p.relative_to(folder) for p in sorted(Path(folder).rglob("*")) if p.is_file()]
+    files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
+    arrow = {p.parent for p in files if p.suffix == ".arrow"}
+    if saved := [str(p.parent) for p in files if p.name == "dataset_info.json" and p.parent in arrow]:
+        what = "a dataset" if saved == ["."] else f"datasets ({', '.join(saved)})"
+        raise UserError(
+            f"{folder}: holds {what} saved with save_to_disk; write the one to read with to_parquet or to_json instead"
+        )
+    return sorted(os.path.join(folder, p) for p in files if kind(p.name))
 
 
 def _missing(spec: str, path: str) -> str:

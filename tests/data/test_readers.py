@@ -199,6 +199,19 @@ def test_a_directory_is_read_sorted_and_in_depth(file, tmp_path):
     assert resolve(str(tmp_path / "d" / "**" / "*.json*")) == resolve(str(tmp_path / "d"))[:2]
 
 
+@pytest.mark.parametrize(
+    ("splits", "told"),
+    [(("",), "d: holds a dataset saved with"), (("train", "test"), r"d: holds datasets \(test, train\) saved")],
+)
+def test_a_dataset_saved_to_disk_is_refused_by_the_names_of_its_splits(file, tmp_path, splits, told):
+    file("d/dataset_dict.json", json.dumps({"splits": splits}))
+    for split in splits:
+        file(f"d/{split}/dataset_info.json", "{}")
+        file(f"d/{split}/data-00000-of-00001.arrow", "")
+    with pytest.raises(UserError, match=told):
+        resolve(str(tmp_path / "d"))
+
+
 def test_a_remote_file_is_read_like_a_local_one():
     import fsspec
 
