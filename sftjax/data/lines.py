@@ -96,5 +96,7 @@ def whole(target: Path) -> Iterator[TextIO]:
 
 def not_utf8(byte: int, offset: int) -> RowError:
     return RowError(
-        "", f"is not UTF-8: byte 0x{byte:02x} at offset {offset} of the file; convert it, e.g. iconv -f GB18030 -t UTF-8"
+        "",
+        f"is not UTF-8: byte 0x{byte:02x} at offset {offset} of the file; convert it: iconv -f ITS_ENCODING -t UTF-8 (latin1, "
+        "cp1252, GB18030, ...)",
     )

@@ -44,6 +44,8 @@ def bad(path, **options):
         ("array.jsonl", f"[{JA},\n{JB}, {JC}]", (1, 2, 2)),
         ("indented.jsonl", "\n".join(json.dumps(row, indent=1) for row in (A, B, C)), (1, 4, 7)),
         ("a.json", json.dumps([A, B, C], indent=1), (2, 5, 8)),
+        ("flat.json", json.dumps([A, B, C]) + "\n", (1, 2, 3)),
+        ("flat_wrapped.json", json.dumps({"n": 3, "data": [A, B, C]}), (1, 2, 3)),
         ("lines.json", f"{JA}\n{JB}\n{JC}\n", (1, 2, 3)),
         ("wrapped.json", json.dumps({"version": [1], "data": [A, B, C], "n": 3}, indent=1), (6, 9, 12)),
         ("a.csv", "text\na\n\nb\n c".replace(" ", ""), (2, 4, 5)),
@@ -92,7 +94,11 @@ def test_hub_rows_are_numbered_and_absence_is_explained(tmp_path, monkeypatch):
         ('{"text": -Infinity}', "holds -Infinity, which is not JSON; write null or a number"),
         ('{"text": "\\ud83d"}', "holds half of a surrogate pair (\\ud800-\\udfff), which is no character"),
         ("[" * 100_000 + "]" * 100_000, "is not JSON: nested too deeply at column 1"),
-        (b'{"text": "\xe4"}', "is not UTF-8: byte 0xe4 at offset 24 of the file; convert it, e.g. iconv -f GB18030 -t UTF-8"),
+        (
+            b'{"text": "\xe4"}',
+            "is not UTF-8: byte 0xe4 at offset 24 of the file; convert it: iconv -f ITS_ENCODING -t UTF-8 (latin1, cp1252, "
+            "GB18030, ...)",
+        ),
     ],
 )
 def test_a_bad_line_is_told_and_the_next_is_read(file, line, reason):
@@ -119,6 +125,7 @@ def test_bad_elements_of_an_array_are_told_and_the_others_are_read(file):
     ("name", "data", "message"),
     [
         ("cut.json", f'[{JA},\n{{"te', "cut.json:2: is not JSON: unterminated string"),
+        ("flat.json", f'[{JA}, {JB}, {{"te', "flat.json:3: is not JSON: unterminated string"),
         ("comma.json", f"[{JA}\n{JB}]", "comma.json:2: is not JSON: a comma or ] is missing"),
         ("twice.json", f"[{JA}]\n[{JB}]", "twice.json:2: is not JSON: something follows the array"),
         ("quote.csv", 'text,n\n"a\n,1\nb,2\n', "quote.csv:2: a quote opened in this row is never closed"),
