@@ -17,7 +17,7 @@ from sftjax.data.conversation import check_answered, named, refuse_media
 from sftjax.data.example import Example, Message, RowError
 from sftjax.data.fields import Row, Wishes, asked, dialogue
 from sftjax.data.layouts import Layout, detect
-from sftjax.data.readers import read, resolve
+from sftjax.data.readers import NoRows, read, resolve
 from sftjax.data.sources import Source, sources
 
 PEEK = 100  # readable rows that a source's layout is found from
@@ -85,6 +85,8 @@ def _open(source: Source, data: Any, want: str = "answers") -> tuple[Layout | No
             first.append(_named(item[2]))
         if len(first) == PEEK:
             break
+    if held and all(isinstance(row, NoRows) for _, _, row in held):
+        raise UserError(f"{held[0][0]}: {held[0][2].reason}; name one with rows")
     if not first:
         return None, chain(held, rows)
     return detect(first, source.path, format=source.format or data.format, columns=columns, want=want), chain(held, rows)

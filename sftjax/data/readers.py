@@ -98,10 +98,23 @@ def read(path: str, numbers: tuple[str, ...] = ()) -> Iterator[tuple[int, Any]]:
     rows = _rows(path, numbers)
     first = next(rows, None)
     if first is None:
-        yield 1, RowError("", "the file is empty: it has no rows")
+        yield 1, NoRows("", _without_rows(path))
         return
     yield first
     yield from rows
+
+
+class NoRows(RowError):
+    """In the place of a file's first row: it has none."""
+
+
+def _without_rows(path: str) -> str:
+    if kind(path) is None:
+        return "has no rows"
+    with open_bytes(path) as file:
+        if all(not line.removeprefix(BOM).strip() for line in file):
+            return "the file is empty"
+    return "the file has a header line and no rows" if kind(path) in (".csv", ".tsv") else "the file has no rows"
 
 
 def _rows(path: str, numbers: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
