@@ -62,14 +62,21 @@ def read_examples(
                 yield Rejected(file, line, e.field, e.reason)
 
 
-def fail_on(rejected: Sequence[Rejected]) -> None:
+def counted(n: int) -> str:
+    return "1 row" if n == 1 else f"{n:,} rows"
+
+
+def fail_on(
+    rejected: Sequence[Rejected],
+    fault: str = "cannot be used",
+    mend: str = "\nmend them, or leave them out with --config.data.on_bad_row=skip",
+) -> None:
     """Raises UserError with the first bad rows and their total, where there are any."""
     if not rejected:
         return
-    count = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
     shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
     more = f"\n  ... and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
-    raise UserError(f"{count} cannot be used:{shown}{more}\nmend them, or leave them out with --config.data.on_bad_row=skip")
+    raise UserError(f"{counted(len(rejected))} {fault}:{shown}{more}{mend}")
 
 
 def _open(source: Source, data: Any, want: str = "answers") -> tuple[Layout | None, Iterator[tuple[str, int, Any]]]:

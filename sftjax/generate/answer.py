@@ -15,12 +15,12 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from sftjax.config import UserError
 from sftjax.data.chat import Chat, as_dict
 from sftjax.data.example import Example, RowError
-from sftjax.data.formats import SHOWN, Rejected
+from sftjax.data.formats import Rejected, fail_on
 from sftjax.data.lines import new_file, whole
 from sftjax.evaluate.heldout import Question, question
 from sftjax.generate.chat import open_engine
 from sftjax.generate.engine import Engine, Generated
-from sftjax.generate.questions import read_questions
+from sftjax.generate.questions import UNASKED, read_questions
 
 
 def run_generate(
@@ -41,7 +41,7 @@ def run_generate(
     target = new_file(out, force=force)
     engine, chat = open_engine(model, adapter, quantize)
     rows = list(read_questions(data, template=bool(chat.template)))
-    refuse([row for row in rows if isinstance(row, Rejected)])
+    fail_on([row for row in rows if isinstance(row, Rejected)], *UNASKED)
     examples = [row for row in rows if isinstance(row, Example)]
     if not chat.template and any(example.messages for example in examples):
         hint = "a base model takes rows of prompt and completion, or text"
@@ -73,16 +73,8 @@ def ask(engine: Engine, chat: Chat, examples: Sequence[Example]) -> list[Questio
             questions.append(q)
         except RowError as e:
             rejected.append(Rejected(example.source, example.line, e.field, e.reason))
-    refuse(rejected)
+    fail_on(rejected, *UNASKED)
     return questions
-
-
-def refuse(rejected: Sequence[Rejected]) -> None:
-    """Raises UserError with the first bad rows and their total, where there are any."""
-    if rejected:
-        shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
-        count = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
-        raise UserError(f"{count} cannot be asked{', the first of them' if len(rejected) > SHOWN else ''}:{shown}")
 
 
 def line(q: Question, answer: Generated) -> str:
