@@ -25,7 +25,7 @@ from sftjax.data import cache
 from sftjax.data.cache import Store
 from sftjax.data.chat import Chat
 from sftjax.data.encode import encode
-from sftjax.data.formats import Rejected, fail_on, read_examples
+from sftjax.data.formats import Rejected, counted, fail_on, read_examples
 from sftjax.data.ledger import KEPT, Ledger
 from sftjax.data.lines import open_bytes
 from sftjax.data.readers import kind, read, resolve
@@ -106,7 +106,7 @@ def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None 
     ]
     report["template_sha256"] = sha256(chat.template or "")
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))
-    tell(report, say)
+    tell(report, ledger.overlong(), say)
     return Splits(train, evaluation, test, report, ledger.rejected + ledger.dropped())
 
 
@@ -175,7 +175,7 @@ def open_one(
             cache.write(place, encode(read_examples(source, data, say, want), chat, data.workers, say, want), files)
     store = Store(root / key, files)
     took = f"tokenised in {time.perf_counter() - started:.1f} s" if fresh else "from the cache"
-    say(f"{source.path}: {len(store):,} rows, {int(store.offsets[-1]):,} tokens, {took}")
+    say(f"{source.path}: {counted(len(store))}, {int(store.offsets[-1]):,} tokens, {took}")
     return Opened(source, files, digest, store)
 
 
@@ -241,7 +241,10 @@ def parts(ledger: Ledger, training: int, config: ConfigDict, say: Say) -> np.nda
     alone = ledger.want in ("answers", "classes")
     keys = ledger.key if alone else split_keys(ledger.prompt, ledger.key, shares)
     if not alone and keys is ledger.key:
-        say("warning: one prompt has more rows than are to be held out, so its rows are on every side of data.split")
+        say(
+            "warning: one prompt has more rows than the held-out share, so rows are split one by one and the same prompt is in "
+            "train, eval and test"
+        )
     return split(keys, shares, config.seed)
 
 
@@ -251,15 +254,15 @@ def leaks(ledger: Ledger, part: np.ndarray) -> int:
     return int(np.isin(ledger.key[kept & (part == 1)], ledger.key[kept & (part == 0)]).sum())
 
 
-def tell(report: dict[str, Any], say: Say) -> None:
-    """The counts in a line; raises UserError where nothing is left to train on."""
+def tell(report: dict[str, Any], overlong: str, say: Say) -> None:
+    """The counts in a line; raises UserError where nothing is left to train on, with what was said of overlong rows."""
     dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in report["dropped"].items()) or "none"
-    read = f"{report['read']:,} rows read, {report['kept']:,} kept, dropped: {dropped}"
+    read = f"{counted(report['read'])} read, {report['kept']:,} kept, dropped: {dropped}"
     if not report["train"]["rows"]:
-        raise UserError(f"no rows are left to train on: {read}")
+        raise UserError(f"no rows are left to train on: {read}{overlong and f'. {overlong}'}")
     sizes = ", ".join(f"{name} {report[name]['rows']:,}" for name in ("train", "eval", "test"))
     tokens, trained = report["train"]["tokens"], report["train"]["trained_tokens"]
     trains = f"{trained:,} of {tokens:,} training tokens are trained" if trained else f"{tokens:,} tokens to train on"
     say(f"{read}; {sizes}; {trains}")
     if report["eval_rows_in_train"]:
-        say(f"warning: {report['eval_rows_in_train']:,} rows of data.eval are also in data.train: evaluation will look too good")
+        say(f"warning: data.train also holds {counted(report['eval_rows_in_train'])} of data.eval: evaluation will look too good")

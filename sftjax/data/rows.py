@@ -35,7 +35,7 @@ class Part(NamedTuple):
 class Rows:
     """Row i is row `index[i]` of `stores[store[i]]`, its first `lengths[i]` tokens, of which `trained[i]` are trained.
 
-    With `other`, `lengths[i]` counts what a batch holds beside them too.
+    With `other`, `lengths[i]` includes the borrowed answer that stands beside the row in a batch.
     """
 
     stores: Sequence[Store]

@@ -177,7 +177,7 @@ def test_one_prompt_for_all_is_split_by_answers_and_a_rankings_pairs_stay_togeth
     got = run(config(tmp_path, rows), said=said)
     sides = [{s.example(i).answers[0].said[0].content[1:] for i in range(len(s))} for s in (got.train, got.eval, got.test)]
     assert [len(s) for s in sides] == [16, 2, 2] and len(set.union(*sides)) == 20
-    assert any("one prompt has more rows" in line for line in said)
+    assert any("one prompt has more rows than the held-out share" in line for line in said)
     few, keys = np.repeat(np.arange(10), 2), np.arange(20)
     assert split_keys(few, keys, (8, 1, 1)) is few and split_keys(few, keys, (98, 1, 1)) is keys
     assert split_keys(keys[:3], keys[:3], (8, 1, 1)) is not None

@@ -106,8 +106,12 @@ def template_file(tmp_path, text):
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no rows are left to train on: 3 rows read, 0 kept, dropped: 3 overlong"):
+    with pytest.raises(UserError, match="no rows are left to train on: 3 rows read, 0 kept, dropped: 3 overlong") as e:
         run(config(tmp_path, [row(i) for i in range(3)], max_length=8))
+    assert "data.max_length=8" in str(e.value) and "the longest has 63 tokens. data.on_overlong=truncate" in str(e.value)
+    silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": 0}]}
+    with pytest.raises(UserError, match=r"on: 1 row read, 0 kept, dropped: 1 trains nothing$"):
+        run(config(tmp_path, [silent]))
     with pytest.raises(UserError, match=r"data\.train names no data"):
         run(config(tmp_path))
 
@@ -159,7 +163,7 @@ def test_held_out_files_are_used_whole_and_leaks_are_told(tmp_path):
     said = []
     got = run(c, said)
     assert (len(got.train), len(got.eval), len(got.test)) == (20, 7, 0)
-    assert got.report["eval_rows_in_train"] == 2 and any("also in data.train" in line for line in said)
+    assert got.report["eval_rows_in_train"] == 2 and any("data.train also holds 2 rows of data.eval" in line for line in said)
 
 
 def test_rows_know_where_they_come_from(tmp_path):
