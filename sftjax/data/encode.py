@@ -227,10 +227,8 @@ class Worker:
             self.log.seek(0)
             said = self.log.read().decode("utf-8", "replace").strip()[-2000:]
             code = self.process.wait()
-            ended = "was killed, maybe for want of memory" if code == -9 else f"ended with {code}"
-            raise UserError(
-                f"a tokenising process {ended}; --config.data.workers=1 does without{f': {said}' if said else ''}"
-            ) from e
+            ended, told = (f"ended with {code}", f": {said}") if code != -9 else ("was killed, maybe for want of memory", "")
+            raise UserError(f"a tokenising process {ended}; --config.data.workers=1 does without{told}") from e
 
 
 def main() -> None:
