@@ -7,7 +7,8 @@
                            ends them, whether it is a preference between equals
     parts.npy              the row's answers, each with its prompt: length, slot, where the answer begins; part_offsets.npy
     rejected.jsonl         rows that could not be used, with the reason
-    meta.json              the source's files by name, the sha256 of tokens and weights; written last
+    meta.json              the source's files by name; two sha256, of tokens and weights, and of those with all else that the
+                           rows say: labels, ranks, other columns; written last
 
 A store holds every usable row of its source and decides nothing: splits, lengths and weights are applied when it is read,
 so changing them costs no tokenisation. It appears under its key by a rename, whole or not at all.
@@ -19,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -32,7 +33,7 @@ from sftjax.config import UserError
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import Rejected
 
-VERSION = 5  # of what encoding a row means and how a store is laid out; part of every key
+VERSION = 6  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype(
     [
         *(("source", "<i4"), ("line", "<i8"), ("key", "<u8"), ("prompt", "<u8")),
@@ -66,6 +67,7 @@ class Store:
         today = dict(zip(meta["files"], files))
         self.sources = [today[name] for name in meta["sources"]]
         self.tokens_sha256: str = meta["tokens_sha256"]
+        self.rows_sha256: str = meta["rows_sha256"]
         self.rows = np.load(path / "rows.npy")
         self.offsets = np.load(path / "offsets.npy")
         self.example_offsets = np.load(path / "example_offsets.npy")
@@ -112,7 +114,7 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
     facts, offsets, example_offsets = [], [0], [0]
     parts: list[tuple[int, int, int]] = []
     part_offsets = [0]
-    digest = hashlib.sha256()
+    digest, whole = hashlib.sha256(), hashlib.sha256()
     with ExitStack() as stack:
         tokens, weights, examples = (
             stack.enter_context((path / f"{n}.bin").open("wb")) for n in ("tokens", "weights", "examples")
@@ -126,6 +128,8 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
             for file, held in zip((tokens, weights), encoded):
                 file.write(held)
                 digest.update(held)  # row by row, so that where a row ends counts too
+                whole.update(held)
+            whole.update(json.dumps([row.tied, *row.parts]).encode() + row.example)
             examples.write(row.example)
             offsets.append(offsets[-1] + len(row.ids))
             example_offsets.append(example_offsets[-1] + len(row.example))
@@ -145,6 +149,7 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
     np.save(path / "parts.npy", np.array(parts, PART))
     np.save(path / "part_offsets.npy", np.array(part_offsets, np.int64))
     meta = {"files": list(files), "sources": list(sources), "tokens_sha256": digest.hexdigest()}
+    meta["rows_sha256"] = whole.hexdigest()
     (path / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), "utf-8")
 
 
@@ -153,20 +158,33 @@ def entry(root: Path, key: str) -> Iterator[Path]:
     """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+        fresh = root / f".new-{uuid.uuid4().hex}"
+        fresh.mkdir()  # not by tempfile, whose directories are for one user alone
         try:
             yield fresh
+            for path in (*fresh.iterdir(), fresh):
+                sync(path)
             try:
                 os.rename(fresh, root / key)
             except OSError:
                 if not (root / key).exists():  # else another process was quicker, with the same content
                     raise
+            sync(root)  # the rename itself
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as e:
         raise UserError(
             f"{root}: the tokenised data cannot be written ({e.strerror or e}); name another place with --config.data.cache_dir"
         ) from e
+
+
+def sync(path: Path) -> None:
+    """What a file or directory holds is on the disk, whatever happens to the power."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def content_key(example: Example) -> int:

@@ -25,6 +25,7 @@ from itertools import chain
 
 import numpy as np
 
+from sftjax.config import UserError
 from sftjax.data.cache import Row, content_key, dumps
 from sftjax.data.chat import Chat, Encoded, finish
 from sftjax.data.example import Example, RowError
@@ -179,9 +180,11 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
-            worker.process.kill()
-            worker.process.wait()
+            worker.process.kill()  # which ends the wait of its thread
         self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.process.communicate()  # closes the pipes, whatever stands in them
+            worker.log.close()
 
     def map(self, chunks: Iterator[Items]) -> Iterator[Done]:
         """The encoded chunks in order; a few more than there are workers are under way, so memory stays bounded."""
@@ -220,12 +223,12 @@ class Worker:
             self.process.stdin.flush()
             self.greeting = b""
             return pickle.load(self.process.stdout)
-        except (EOFError, BrokenPipeError) as e:
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as e:  # the last: it ended within an answer
             self.log.seek(0)
-            said = self.log.read().decode("utf-8", "replace")[-2000:]
-            raise RuntimeError(
-                f"a tokenising process ended with {self.process.wait()}; --config.data.workers=1 does without. {said}"
-            ) from e
+            said = self.log.read().decode("utf-8", "replace").strip()[-2000:]
+            code = self.process.wait()
+            ended, told = (f"ended with {code}", f": {said}") if code != -9 else ("was killed, maybe for want of memory", "")
+            raise UserError(f"a tokenising process {ended}; --config.data.workers=1 does without{told}") from e
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ class Example:
     """
 
     source: str  # the file (or hub id) as the user named it
-    line: int  # 1-based: the line the row starts on in a text file, the number of the row in .parquet and on the hub
+    line: int  # 1-based: the line the row starts on, or its number: in .parquet, on the hub and in a .json that is all one line
     messages: tuple[Message, ...] | None = None
     completion: tuple[str, str] | None = None
     text: str | None = None

@@ -17,7 +17,7 @@ from sftjax.data.conversation import check_answered, named, refuse_media
 from sftjax.data.example import Example, Message, RowError
 from sftjax.data.fields import Row, Wishes, asked, dialogue
 from sftjax.data.layouts import Layout, detect
-from sftjax.data.readers import read, resolve
+from sftjax.data.readers import NoRows, read, resolve
 from sftjax.data.sources import Source, sources
 
 PEEK = 100  # readable rows that a source's layout is found from
@@ -62,14 +62,21 @@ def read_examples(
                 yield Rejected(file, line, e.field, e.reason)
 
 
-def fail_on(rejected: Sequence[Rejected]) -> None:
+def counted(n: int) -> str:
+    return "1 row" if n == 1 else f"{n:,} rows"
+
+
+def fail_on(
+    rejected: Sequence[Rejected],
+    fault: str = "cannot be used",
+    mend: str = "\nmend them, or leave them out with --config.data.on_bad_row=skip",
+) -> None:
     """Raises UserError with the first bad rows and their total, where there are any."""
     if not rejected:
         return
-    count = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
     shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
     more = f"\n  ... and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
-    raise UserError(f"{count} cannot be used:{shown}{more}\nmend them, or leave them out with --config.data.on_bad_row=skip")
+    raise UserError(f"{counted(len(rejected))} {fault}:{shown}{more}{mend}")
 
 
 def _open(source: Source, data: Any, want: str = "answers") -> tuple[Layout | None, Iterator[tuple[str, int, Any]]]:
@@ -85,6 +92,8 @@ def _open(source: Source, data: Any, want: str = "answers") -> tuple[Layout | No
             first.append(_named(item[2]))
         if len(first) == PEEK:
             break
+    if held and all(isinstance(row, NoRows) for _, _, row in held):
+        raise UserError(f"{held[0][0]}: {held[0][2].reason}; name one with rows")
     if not first:
         return None, chain(held, rows)
     return detect(first, source.path, format=source.format or data.format, columns=columns, want=want), chain(held, rows)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sftjax.config import UserError
 from sftjax.data.cache import Store
-from sftjax.data.formats import Rejected
+from sftjax.data.formats import Rejected, counted
 from sftjax.data.pairs import SLOTS
 from sftjax.data.rows import Rows, with_others
 
@@ -137,20 +137,27 @@ class Ledger:
         found = np.flatnonzero(which).tolist()
         return ", ".join(self.where(i) for i in found[:most]) + (", ..." if len(found) > most else "")
 
+    def overlong(self) -> str:
+        """Which rows were dropped as too long, and how to keep them; "" where none was."""
+        long = self.fate == OVERLONG
+        if not long.any():
+            return ""
+        mend = "data.on_overlong=truncate would cut their ends off"
+        if self.want == "prompts":
+            mend = "To keep them, raise data.max_length, which holds a prompt and its answer"
+        elif self.want not in ("answers", "classes"):
+            mend = "All the answers of a preference count, each with its prompt; to keep them, raise data.max_length"
+        return (
+            f"{rows_are(int(long.sum()))} longer than {self.limit} and dropped ({self.some(long)}); the "
+            f"longest has {self.full[long].max()} tokens. {mend}"
+        )
+
     def announce(self, say: Callable[[str], None]) -> None:
         """Says, with rows to look at, all that a user might not expect."""
         if self.bad:
             say(f"{rows_are(self.bad)} unusable and left out")
-        if (long := self.fate == OVERLONG).any():
-            mend = "data.on_overlong=truncate would cut their ends off"
-            if self.want == "prompts":
-                mend = "To keep them, raise data.max_length, which holds a prompt and its answer"
-            elif self.want not in ("answers", "classes"):
-                mend = "All the answers of a preference count, each with its prompt; to keep them, raise data.max_length"
-            say(
-                f"{rows_are(int(long.sum()))} longer than {self.limit} and dropped ({self.some(long)}); the "
-                f"longest has {self.full[long].max()} tokens. {mend}"
-            )
+        if said := self.overlong():
+            say(said)
         if self.truncated:
             cut = self.long & (self.fate == KEPT)
             lost = "is not read" if self.want == "classes" else "is not trained, nor the turn's terminator"
@@ -172,4 +179,4 @@ class Ledger:
 
 
 def rows_are(n: int) -> str:
-    return f"{n:,} row is" if n == 1 else f"{n:,} rows are"
+    return f"{counted(n)} {'is' if n == 1 else 'are'}"

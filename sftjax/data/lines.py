@@ -1,4 +1,4 @@
-"""Bytes to numbered lines: opening (plain, gzip, remote), the byte order mark, UTF-8 told to the byte.
+"""Bytes to numbered lines: opening (plain, gzip, remote), the byte order mark, UTF-8 told to the byte. And lines, written.
 
 Only `\\n` ends a line here; the other characters that Unicode calls line breaks occur inside ordinary JSON strings.
 """
@@ -6,10 +6,12 @@ Only `\\n` ends a line here; the other characters that Unicode calls line breaks
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple, cast
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from sftjax.config import UserError
 from sftjax.data.example import RowError
@@ -66,7 +68,35 @@ def decode(line: Line) -> str:
         raise not_utf8(line.raw[e.start], line.offset + e.start) from e
 
 
+def new_file(out: str, *, force: bool) -> Path:
+    """Where `--out` asks for a file. Raises UserError where there is one already, unless `force`, or where none can be."""
+    target = Path(out).expanduser()
+    if target.exists() and (not force or target.is_dir()):
+        raise UserError(
+            f"--out={out}: {'is a directory' if target.is_dir() else 'exists already; give --force to write over it'}"
+        )
+    if not target.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {target.parent}")
+    return target
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[TextIO]:
+    """A file to write, which is at `target` when the block ends well and nowhere when it does not. Raises UserError."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(part, target)
+    except OSError as e:
+        raise UserError(f"--out={target}: cannot be written ({e.strerror or e})") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def not_utf8(byte: int, offset: int) -> RowError:
     return RowError(
-        "", f"is not UTF-8: byte 0x{byte:02x} at offset {offset} of the file; convert it, e.g. iconv -f GB18030 -t UTF-8"
+        "",
+        f"is not UTF-8: byte 0x{byte:02x} at offset {offset} of the file; convert it: iconv -f ITS_ENCODING -t UTF-8 (latin1, "
+        "cp1252, GB18030, ...)",
     )

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,6 +24,7 @@ from sftjax.config import UserError, default
 from sftjax.data.chat import as_dict
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import Rejected, fail_on, read_examples
+from sftjax.data.lines import new_file, whole
 
 Slots = dict[int, int]  # which answer, by its number -> the segment that it is in the row's group of so many, from 1
 # segment numbers of a row; of rankings, two for each answer of the longest
@@ -76,28 +75,20 @@ def write(
     "without", "bad"}: ties are two answers that are equally good or the same, `without` rows that make no pair. `out` is whole
     or not there. Raises UserError, where `out` exists too, unless `force`.
     """
-    config, target = default().data if config is None else config, Path(out).expanduser()
-    if target.exists() and (not force or target.is_dir()):
-        raise UserError(
-            f"--out={out}: {'is a directory' if target.is_dir() else 'exists already; give --force to write over it'}"
-        )
-    if not target.parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {target.parent}")
+    config, target = default().data if config is None else config, new_file(out, force=force)
     counts = dict.fromkeys(("rows", "pairs", "ties", "without", "bad"), 0)
     bad: list[Rejected] = []
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for example in read_examples((data,), config, say, want="pairs"):
-                counts["rows"] += 1
-                if isinstance(example, Rejected):
-                    bad.append(example)
-                    continue
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(example)]
-                file.writelines(lines)
-                counts["pairs"] += len(lines)
-                counts["ties"] += math.comb(len(example.answers or ()), 2) - len(lines)
-                counts["without"] += not lines
+    with whole(target) as file:
+        for example in read_examples((data,), config, say, want="pairs"):
+            counts["rows"] += 1
+            if isinstance(example, Rejected):
+                bad.append(example)
+                continue
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(example)]
+            file.writelines(lines)
+            counts["pairs"] += len(lines)
+            counts["ties"] += math.comb(len(example.answers or ()), 2) - len(lines)
+            counts["without"] += not lines
         counts["bad"] = len(bad)
         if config.on_bad_row == "error":
             fail_on(bad)
@@ -105,9 +96,4 @@ def write(
             raise UserError(
                 f"--data={data}: no row of it has an answer that is better than another, so there is no pair to write"
             )
-        os.replace(part, target)
-    except OSError as e:
-        raise UserError(f"--out={out}: cannot be written ({e.strerror or e})") from e
-    finally:
-        part.unlink(missing_ok=True)
     return counts

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from sftjax.data import cache
 from sftjax.data.cache import Store
 from sftjax.data.chat import Chat
 from sftjax.data.encode import encode
-from sftjax.data.formats import Rejected, fail_on, read_examples
+from sftjax.data.formats import Rejected, counted, fail_on, read_examples
 from sftjax.data.ledger import KEPT, Ledger
 from sftjax.data.lines import open_bytes
 from sftjax.data.readers import kind, read, resolve
@@ -51,7 +51,8 @@ class Splits:
 
     report = {"read", "kept", "dropped": {reason: rows}, "truncated", "unterminated", "eval_rows_in_train",
               "train" | "eval" | "test": {"rows", "tokens", "trained_tokens"},
-              "sources": [{"path", "weight", "rows", "sha256", "tokens_sha256"}], "template_sha256", "tokenizer_sha256"}
+              "sources": [{"path", "weight", "rows", "sha256", "tokens_sha256", "rows_sha256"}],
+              "template_sha256", "tokenizer_sha256"}
     """
 
     train: Rows
@@ -63,7 +64,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source with its encoded rows. `digest` is the sha256 of what its files hold, `key` its place in the cache."""
+    """A source with its encoded rows. `digest` is the sha256 of what its files hold and of which kinds they are."""
 
     source: Source
     files: list[str]
@@ -100,13 +101,18 @@ def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None 
         report[name] = {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
     report["sources"] = [
         {"path": o.source.path, "weight": o.source.weight, "rows": len(o.store)}
-        | {"sha256": o.digest, "tokens_sha256": o.store.tokens_sha256}
+        | {"sha256": o.digest, "tokens_sha256": o.store.tokens_sha256, "rows_sha256": o.store.rows_sha256}
         for o in opened
     ]
     report["template_sha256"] = sha256(chat.template or "")
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))
-    tell(report, say)
+    tell(report, ledger.overlong(), say)
     return Splits(train, evaluation, test, report, ledger.rejected + ledger.dropped())
+
+
+def data_hash(report: Mapping[str, Any]) -> str:
+    """sha256 of the rows of every source of a report: what they encode to, and their labels, ranks and other columns."""
+    return sha256("".join(source["rows_sha256"] for source in report["sources"]))
 
 
 def room(config: ConfigDict, want: str) -> int:
@@ -165,7 +171,7 @@ def open_one(
             cache.write(place, encode(read_examples(source, data, say, want), chat, data.workers, say, want), files)
     store = Store(root / key, files)
     took = f"tokenised in {time.perf_counter() - started:.1f} s" if fresh else "from the cache"
-    say(f"{source.path}: {len(store):,} rows, {int(store.offsets[-1]):,} tokens, {took}")
+    say(f"{source.path}: {counted(len(store))}, {int(store.offsets[-1]):,} tokens, {took}")
     return Opened(source, files, digest, store)
 
 
@@ -175,10 +181,10 @@ def cache_root(data: ConfigDict) -> Path:
 
 
 def content(files: Sequence[str]) -> str:
-    """sha256 over what the files hold, whatever they are called; of a hub dataset, over its rows."""
+    """sha256 over what the files hold and how they are read, whatever they are called; of a hub dataset, over its rows."""
     whole = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256()
+        one = hashlib.sha256(f"{kind(file)}\n".encode())
         if kind(file) is None:
             for _, row in read(file):
                 one.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -231,7 +237,10 @@ def parts(ledger: Ledger, training: int, config: ConfigDict, say: Say) -> np.nda
     alone = ledger.want in ("answers", "classes")
     keys = ledger.key if alone else split_keys(ledger.prompt, ledger.key, shares)
     if not alone and keys is ledger.key:
-        say("warning: one prompt has more rows than are to be held out, so its rows are on every side of data.split")
+        say(
+            "warning: one prompt has more rows than the held-out share, so rows are split one by one and the same prompt is in "
+            "train, eval and test"
+        )
     return split(keys, shares, config.seed)
 
 
@@ -241,15 +250,15 @@ def leaks(ledger: Ledger, part: np.ndarray) -> int:
     return int(np.isin(ledger.key[kept & (part == 1)], ledger.key[kept & (part == 0)]).sum())
 
 
-def tell(report: dict[str, Any], say: Say) -> None:
-    """The counts in a line; raises UserError where nothing is left to train on."""
+def tell(report: dict[str, Any], overlong: str, say: Say) -> None:
+    """The counts in a line; raises UserError where nothing is left to train on, with what was said of overlong rows."""
     dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in report["dropped"].items()) or "none"
-    read = f"{report['read']:,} rows read, {report['kept']:,} kept, dropped: {dropped}"
+    read = f"{counted(report['read'])} read, {report['kept']:,} kept, dropped: {dropped}"
     if not report["train"]["rows"]:
-        raise UserError(f"no rows are left to train on: {read}")
+        raise UserError(f"no rows are left to train on: {read}{overlong and f'. {overlong}'}")
     sizes = ", ".join(f"{name} {report[name]['rows']:,}" for name in ("train", "eval", "test"))
     tokens, trained = report["train"]["tokens"], report["train"]["trained_tokens"]
     trains = f"{trained:,} of {tokens:,} training tokens are trained" if trained else f"{tokens:,} tokens to train on"
     say(f"{read}; {sizes}; {trains}")
     if report["eval_rows_in_train"]:
-        say(f"warning: {report['eval_rows_in_train']:,} rows of data.eval are also in data.train: evaluation will look too good")
+        say(f"warning: data.train also holds {counted(report['eval_rows_in_train'])} of data.eval: evaluation will look too good")

@@ -159,11 +159,14 @@ def _value(text: str, at: int) -> tuple[Any, int]:
 
 
 def _located(path: str, text: str, found: Iterator[tuple[int, Any, int]]) -> Rows:
-    """Offsets turned to lines in one pass over the text; rows with bytes that are not UTF-8 turned to RowErrors."""
+    """Offsets turned to lines in one pass over the text, or to the row's number where all of it is one line; rows with bytes
+    that are not UTF-8 turned to RowErrors."""
     number, seen, offset, dirty = 1, 0, 0, RAW.search(text) is not None
+    feed = text.find("\n", _skip(text, 0))
+    flat, count = feed < 0 or _skip(text, feed) == len(text), 0
     try:
-        for start, row, end in found:
-            number += text.count("\n", seen, start)
+        for count, (start, row, end) in enumerate(found, 1):
+            number = count if flat else number + text.count("\n", seen, start)
             if dirty:
                 offset += len(text[seen:start].encode("utf-8", "surrogateescape"))
                 if bad := RAW.search(text, start, end):
@@ -172,7 +175,7 @@ def _located(path: str, text: str, found: Iterator[tuple[int, Any, int]]) -> Row
             seen = start
             yield number, row
     except Broken as e:
-        number += text.count("\n", seen, e.at)
+        number = count + 1 if flat else number + text.count("\n", seen, e.at)
         raise UserError(f"{path}:{number}: {e}") from None
 
 

@@ -55,10 +55,15 @@ def resolve(spec: str) -> list[str]:
 
 
 def _walk(folder: str) -> list[str]:
-    if os.path.exists(os.path.join(folder, "dataset_info.json")) and glob.glob(os.path.join(folder, "*.arrow")):
-        raise UserError(f"{folder}: a dataset saved with save_to_disk; write it with to_parquet or to_json instead")
-    files = (p for p in Path(folder).rglob("*") if p.is_file() and kind(p.name))
-    return sorted(str(p) for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = [p.relative_to(folder) for p in sorted(Path(folder).rglob("*")) if p.is_file()]
+    files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
+    arrow = {p.parent for p in files if p.suffix == ".arrow"}
+    if saved := [str(p.parent) for p in files if p.name == "dataset_info.json" and p.parent in arrow]:
+        what = "a dataset" if saved == ["."] else f"datasets ({', '.join(saved)})"
+        raise UserError(
+            f"{folder}: holds {what} saved with save_to_disk; write the one to read with to_parquet or to_json instead"
+        )
+    return sorted(os.path.join(folder, p) for p in files if kind(p.name))
 
 
 def _missing(spec: str, path: str) -> str:
@@ -93,10 +98,23 @@ def read(path: str, numbers: tuple[str, ...] = ()) -> Iterator[tuple[int, Any]]:
     rows = _rows(path, numbers)
     first = next(rows, None)
     if first is None:
-        yield 1, RowError("", "the file is empty: it has no rows")
+        yield 1, NoRows("", _without_rows(path))
         return
     yield first
     yield from rows
+
+
+class NoRows(RowError):
+    """In the place of a file's first row: it has none."""
+
+
+def _without_rows(path: str) -> str:
+    if kind(path) is None:
+        return "has no rows"
+    with open_bytes(path) as file:
+        if all(not line.removeprefix(BOM).strip() for line in file):
+            return "the file is empty"
+    return "the file has a header line and no rows" if kind(path) in (".csv", ".tsv") else "the file has no rows"
 
 
 def _rows(path: str, numbers: tuple[str, ...]) -> Iterator[tuple[int, Any]]:

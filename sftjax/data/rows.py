@@ -35,7 +35,7 @@ class Part(NamedTuple):
 class Rows:
     """Row i is row `index[i]` of `stores[store[i]]`, its first `lengths[i]` tokens, of which `trained[i]` are trained.
 
-    With `other`, `lengths[i]` counts what a batch holds beside them too.
+    With `other`, `lengths[i]` includes the borrowed answer that stands beside the row in a batch.
     """
 
     stores: Sequence[Store]
@@ -139,14 +139,17 @@ class Rows:
 def with_others(rows: Rows, prompts: np.ndarray, max_length: int) -> Rows:
     """`rows` of one answer each, and with every prompt the answer of a row with another prompt (KTO, arXiv:2402.01306).
 
-    The two stand in one row of a batch; where they do not fit into it, the other answer's end is cut. `prompts` are hashes.
+    The two stand in one row of a batch; where they do not fit into it, the other answer's end is cut. Where all rows have one
+    prompt there is no other. `prompts` are hashes.
     """
     n = len(rows)
-    order = np.argsort(mix(prompts, 0), kind="stable")  # rows of one prompt lie side by side, next to a prompt by chance
-    _, inverse, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-    ahead = np.where(counts[inverse[order]] < n, counts[inverse[order]], 1)  # so many rows on, the prompt is another
+    mixed = mix(prompts, 0)
+    order = np.argsort(mixed, kind="stable")  # rows of one prompt lie side by side, next to a prompt by chance
+    _, starts, run, counts = np.unique(mixed[order], return_index=True, return_inverse=True, return_counts=True)
+    start, count = starts[run], counts[run]
+    ahead = (np.arange(n) - start) % np.maximum(n - count, 1)  # a prompt of more than half the rows meets the others in turn
     other = np.empty(n, np.int64)
-    other[order] = order[(np.arange(n) + ahead) % max(n, 1)]
+    other[order] = np.where(count < n, order[(start + count + ahead) % max(n, 1)], order)
     begins = np.array([rows.part(i)["answer"][0] for i in range(n)], np.int64)
     lengths = begins + (rows.lengths - begins)[other]
     lengths = np.minimum(lengths, max_length - rows.lengths)

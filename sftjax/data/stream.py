@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from sftjax.config import UserError
 from sftjax.data.batch import Batch, Referred
+from sftjax.data.formats import counted
 from sftjax.data.pack import Piece, Plan, assemble
 from sftjax.data.rows import Rows
 
@@ -54,7 +55,7 @@ class Stream:
         self.steps_total = config.train.steps or math.ceil(self.end / self.batch_size)  # type: ignore[operator]
         if not self.steps_total:
             raise UserError(
-                f"train.epochs={config.train.epochs} of {len(rows)} rows makes no step; use more epochs or set train.steps"
+                f"train.epochs={config.train.epochs} of {counted(len(rows))} makes no step; use more epochs or set train.steps"
             )
 
     def epoch(self, step: int) -> float:

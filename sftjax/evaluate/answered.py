@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sftjax.config import UserError, default
+from sftjax.config import UserError
 from sftjax.data.example import Example, RowError
-from sftjax.data.formats import Rejected, Wishes, to_example
+from sftjax.data.formats import Rejected, fail_on, to_example
 from sftjax.data.layouts import detect, pick
 from sftjax.data.readers import read, resolve
 from sftjax.evaluate.prompts import Variant, answer_of, shown
-from sftjax.generate.answer import refuse
+from sftjax.generate.questions import UNASKED, by_default, only_asks
 from sftjax.generate.questions import ask as ask_alone
-from sftjax.generate.questions import only_asks
 
 FEW = 20  # different answers, each of them some times, are labels
 
@@ -58,7 +57,7 @@ def read_rows(path: str, variants: Sequence[Variant], *, expected: str | None, m
             rows.append(Row(f"{file}:{line}", fields, example, answer_in(fields, expected, example)))
         except RowError as e:
             rejected.append(Rejected(file, line, e.field, e.reason))
-    refuse(rejected)
+    fail_on(rejected, *UNASKED)
     return rows
 
 
@@ -91,8 +90,7 @@ def found_layout(rows: Sequence[Any], path: str) -> Any:
 def example_of(fields: Mapping[str, Any], layout: Any, file: str, line: int) -> Example:
     if only_asks(fields):
         return ask_alone(dict(fields), True, file, line)
-    config = default().data
-    return to_example(fields, layout, Wishes(system=config.system, label_prompt=config.label_prompt), source=file, line=line)
+    return to_example(fields, layout, by_default(), source=file, line=line)
 
 
 def answer_in(fields: Mapping[str, Any], expected: str | None, example: Example | None) -> str:

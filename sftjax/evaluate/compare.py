@@ -20,7 +20,7 @@ from sftjax.check import refuse_metrics
 from sftjax.config import UserError
 from sftjax.data.chat import as_dict
 from sftjax.data.example import RowError
-from sftjax.data.formats import Rejected
+from sftjax.data.formats import Rejected, fail_on
 from sftjax.evaluate.answered import Row, are_labels, read_rows
 from sftjax.evaluate.contenders import Contender, Local, Options, Remote, check_asks, parse
 from sftjax.evaluate.judge import Asked, judge
@@ -28,7 +28,7 @@ from sftjax.evaluate.kept import Kept, key, open_out
 from sftjax.evaluate.metrics import fitting, row_scores
 from sftjax.evaluate.prompts import Ask, Variant, ask, read_variants
 from sftjax.evaluate.shown import many, page, show_all
-from sftjax.generate.answer import refuse
+from sftjax.generate.questions import UNASKED
 from sftjax.generate.sampling import choose
 from sftjax.train.run import full_disk, replace
 
@@ -135,7 +135,7 @@ def ask_all(variant: Variant, rows: Sequence[Row]) -> list[Ask]:
         except RowError as e:
             file, _, line = row.where.rpartition(":")
             rejected.append(Rejected(file, int(line), e.field, e.args[0].removeprefix(f"{e.field}: ")))
-    refuse(rejected)
+    fail_on(rejected, *UNASKED)
     return asks
 
 

@@ -48,9 +48,10 @@ def question(chat: Chat, example: Example) -> Question:
     """The row without the answer it ends with. Raises RowError where it asks nothing."""
     more: dict[str, Any] = {"label": example.label, "tags": example.tags, "where": f"{example.source}:{example.line}"}
     asked, answer = split(example)
+    ids = chat.ask(example)
     if isinstance(asked, str):
-        return Question([*chat.start_ids, *chat.tokenise(asked)[0]], asked, answer, **more)
-    return Question(chat.prompt(asked, example.tools), readable(asked), answer, asked, **more)
+        return Question(ids, asked, answer, **more)
+    return Question(ids, readable(asked), answer, asked, **more)
 
 
 def readable(messages: Sequence[Message]) -> str:

@@ -45,9 +45,6 @@ class Kept:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def get(self, key: str) -> Reply | None:
-        return self.replies.get(key)
-
     def __contains__(self, key: str) -> bool:
         return key in self.replies
 

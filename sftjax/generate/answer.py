@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,11 +15,12 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from sftjax.config import UserError
 from sftjax.data.chat import Chat, as_dict
 from sftjax.data.example import Example, RowError
-from sftjax.data.formats import SHOWN, Rejected
+from sftjax.data.formats import Rejected, fail_on
+from sftjax.data.lines import new_file, whole
 from sftjax.evaluate.heldout import Question, question
 from sftjax.generate.chat import open_engine
 from sftjax.generate.engine import Engine, Generated
-from sftjax.generate.questions import read_questions
+from sftjax.generate.questions import UNASKED, read_questions
 
 
 def run_generate(
@@ -35,16 +35,13 @@ def run_generate(
 ) -> None:
     """Answers `data`, a file of rows as training reads them or of mere questions, into `out`. `options` as in Engine.each.
 
-    Raises UserError where `out` exists and not `force`, and for rows that cannot be asked, before the first answer.
+    `out` is whole or not there. Raises UserError where it exists and not `force`, and for rows that cannot be asked, before the
+    first answer.
     """
-    target = Path(out)
-    if target.exists() and not force:
-        raise UserError(f"--out={out}: exists already; give --force to write over it")
-    if not target.parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {target.parent}")
+    target = new_file(out, force=force)
     engine, chat = open_engine(model, adapter, quantize)
     rows = list(read_questions(data, template=bool(chat.template)))
-    refuse([row for row in rows if isinstance(row, Rejected)])
+    fail_on([row for row in rows if isinstance(row, Rejected)], *UNASKED)
     examples = [row for row in rows if isinstance(row, Example)]
     if not chat.template and any(example.messages for example in examples):
         hint = "a base model takes rows of prompt and completion, or text"
@@ -52,7 +49,7 @@ def run_generate(
     questions = ask(engine, chat, examples)
     answers = engine.each([q.ids for q in questions], tokenizer=chat.tokenizer, **options)
     bars = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with target.open("w", encoding="utf-8") as file, Progress(*bars, console=Console(stderr=True)) as progress:
+    with whole(target) as file, Progress(*bars, console=Console(stderr=True)) as progress:
         task = progress.add_task("answering", total=len(questions))
         waiting: dict[int, Generated] = {}
         written = 0
@@ -76,16 +73,8 @@ def ask(engine: Engine, chat: Chat, examples: Sequence[Example]) -> list[Questio
             questions.append(q)
         except RowError as e:
             rejected.append(Rejected(example.source, example.line, e.field, e.reason))
-    refuse(rejected)
+    fail_on(rejected, *UNASKED)
     return questions
-
-
-def refuse(rejected: Sequence[Rejected]) -> None:
-    """Raises UserError with the first bad rows and their total, where there are any."""
-    if rejected:
-        shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
-        count = "1 row" if len(rejected) == 1 else f"{len(rejected)} rows"
-        raise UserError(f"{count} cannot be asked{', the first of them' if len(rejected) > SHOWN else ''}:{shown}")
 
 
 def line(q: Question, answer: Generated) -> str:

@@ -19,12 +19,12 @@ from sftjax.data.readers import read, resolve
 TURNS = ("messages", "conversations", "conversation")
 ASKS = ("prompt", "question", "instruction", "query", "problem")
 ANSWERS = ("completion", "label", "output", *ALIASES["output"])
+UNASKED = ("cannot be asked", "")  # what formats.fail_on says of rows that cannot: there is no leaving them out
 
 
 def read_questions(path: str, *, template: bool) -> Iterator[Example | Rejected]:
     """Every row of a path, glob, directory or hub id, in order. `template`: whether the model has one."""
-    config = default().data
-    wishes = Wishes(system=config.system, label_prompt=config.label_prompt)
+    wishes = by_default()
     for file in resolve(path):
         rows = list(read(file))
         full = [row for _, row in rows if not isinstance(row, RowError) and not only_asks(row)]
@@ -40,6 +40,12 @@ def read_questions(path: str, *, template: bool) -> Iterator[Example | Rejected]
                     yield to_example(row, layout, wishes, source=file, line=line)
             except RowError as e:
                 yield Rejected(file, line, e.field, e.reason)
+
+
+def by_default() -> Wishes:
+    """How rows are read where no config says."""
+    data = default().data
+    return Wishes(system=data.system, label_prompt=data.label_prompt)
 
 
 def only_asks(row: Any) -> bool:

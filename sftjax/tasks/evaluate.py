@@ -10,7 +10,6 @@ answers. All of it with intervals, by tag.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -299,8 +298,8 @@ def refuse_another_config(workdir: Path, config: ConfigDict) -> None:
 
 def refuse_other_rows(workdir: Path, report: dict[str, Any]) -> None:
     """Rows that are not those of the run may be rows that it was trained on, for all one knows."""
-    digest = hashlib.sha256("".join(source["tokens_sha256"] for source in report["sources"]).encode()).hexdigest()
-    if (read_json(workdir / "manifest.json") or {}).get("hashes", {}).get("data") != digest:
+    old = read_json(workdir / "manifest.json") or {}
+    if old.get("hashes", {}).get("data") != pipeline.data_hash(report):
         raise UserError(
             f"--workdir={workdir}: the data is not what the run was trained on, so its held-out rows are not known any more; "
             "put that back, or export the run and use --model with --data"

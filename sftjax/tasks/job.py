@@ -185,7 +185,7 @@ class Job:
         made_of = manifest(
             self.config,
             data_report=self.splits.report,
-            data_hash=hashlib.sha256("".join(s["tokens_sha256"] for s in self.splits.report["sources"]).encode()).hexdigest(),
+            data_hash=pipeline.data_hash(self.splits.report),
             template=self.chat.template,
             base_dir=self.base.directory,
             adapter_dir=self.base.adapter,

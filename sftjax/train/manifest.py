@@ -78,7 +78,7 @@ def manifest(
     tokenizer_dir: Path | None = None,
     lengths: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a run about to start. `data_hash` is of the tokenised rows; `lengths` is a `length_histogram`.
+    """The manifest of a run about to start. `data_hash` is the pipeline's; `lengths` is a `length_histogram`.
 
     `tokenizer_dir` None is `base_dir`.
     """

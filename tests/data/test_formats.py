@@ -273,8 +273,16 @@ def test_how_a_source_was_understood_is_said(load):
 
 
 def test_a_source_without_a_readable_row_is_all_rejected(load):
-    assert [(bad.line, bad.reason) for bad in load(data="", name="a.csv")] == [(1, "the file is empty: it has no rows")]
     assert [bad.line for bad in load(data="{x\n{y\n")] == [1, 2]
+
+
+@pytest.mark.parametrize(("data", "told"), [("", "the file is empty"), ("text\n", "the file has a header line and no rows")])
+def test_a_source_without_rows_is_refused_and_a_file_of_it_is_a_row_that_is_none(load, tmp_path, data, told):
+    with pytest.raises(UserError, match=rf"a.csv: {told}; name one with rows"):
+        load(data=data, name="a.csv")
+    (tmp_path / "b.csv").write_text("text\nfine\n")
+    empty, row = load(spec=str(tmp_path / "*.csv"))
+    assert (empty.source, empty.reason, row.text) == (str(tmp_path / "a.csv"), told, "fine")
 
 
 def test_sources_of_every_kind_of_spec(load, tmp_path):

@@ -14,7 +14,7 @@ from sftjax.config import UserError, default
 from sftjax.data import cache, encode, pairs
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import read_examples
-from sftjax.data.pipeline import build
+from sftjax.data.pipeline import build, data_hash
 from sftjax.data.preview import preview
 from sftjax.data.rows import OTHER, split_keys
 from sftjax.data.stream import Stream, eval_batches
@@ -177,7 +177,7 @@ def test_one_prompt_for_all_is_split_by_answers_and_a_rankings_pairs_stay_togeth
     got = run(config(tmp_path, rows), said=said)
     sides = [{s.example(i).answers[0].said[0].content[1:] for i in range(len(s))} for s in (got.train, got.eval, got.test)]
     assert [len(s) for s in sides] == [16, 2, 2] and len(set.union(*sides)) == 20
-    assert any("one prompt has more rows" in line for line in said)
+    assert any("one prompt has more rows than the held-out share" in line for line in said)
     few, keys = np.repeat(np.arange(10), 2), np.arange(20)
     assert split_keys(few, keys, (8, 1, 1)) is few and split_keys(few, keys, (98, 1, 1)) is keys
     assert split_keys(keys[:3], keys[:3], (8, 1, 1)) is not None
@@ -231,12 +231,12 @@ def test_a_labelled_answer_tells_its_label_by_its_segment_and_stands_beside_its_
 
 
 def test_anothers_answer_is_to_another_prompt_where_there_is_one(tmp_path):
-    for n in (4, 1):
-        rows = [labelled(i) | {"output": f"{i}{k}"} for i in range(n) for k in "abc"]
+    for each in ([3] * 4, [6, 1, 1, 1], [1, 9, 2], [3]):  # rows of each prompt
+        rows = [labelled(i) | {"output": f"{i}{k}"} for i, n in enumerate(each) for k in range(n)]
         got = run(config(tmp_path, rows, split=(1, 0, 0)), "kto").train
         prompts = np.array([got.example(i).messages[0].content for i in range(len(got))])
-        assert len(set(prompts)) == n and ((prompts != prompts[got.other]).all() or n == 1)
-        assert (got.other != np.arange(len(got))).all()
+        assert ((prompts != prompts[got.other]) == (len(each) > 1)).all()
+        assert {len(got.parts(i)) for i in range(len(got))} == {2 if len(each) > 1 else 1}
 
 
 def test_anothers_answer_never_makes_a_row_too_long_and_a_row_alone_has_none(tmp_path):
@@ -250,6 +250,27 @@ def test_anothers_answer_never_makes_a_row_too_long_and_a_row_alone_has_none(tmp
     assert {len(without.parts(i)) for i in range(len(without))} == {1} and len(without) == len(got)
     alone = run(config(tmp_path, [labelled(1)], split=(1, 0, 0)), "kto").train
     assert len(alone.parts(0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "other"),
+    [
+        ("kto", labelled(1), {"label": False}),
+        ("reward", ranking(1, ranks=[1, 2, 3, 4]), {"ranks": [1, 2, 2, 3]}),
+        ("grpo", {"prompt": "q", "answer": "4"}, {"answer": "5"}),
+        ("sft", {"instruction": "q", "output": "a", "tags": "x"}, {"tags": "y"}),
+    ],
+)
+def test_what_rows_say_beside_their_tokens_is_of_the_datas_hash(tmp_path, task, row, other):
+    c = config(tmp_path, split=(1, 0, 0), max_length=1024)
+    c.reward.loss = "plackett_luce"
+    reports = []
+    for i, held in enumerate((row, row | other, row)):
+        c.data.train = (write(tmp_path / f"{i}.jsonl", [held]),)
+        reports.append(run(c, task).report)
+    assert len({report["sources"][0]["tokens_sha256"] for report in reports}) == 1
+    one, changed, again = map(data_hash, reports)
+    assert one == again != changed
 
 
 # -- what a task asks for

@@ -1,5 +1,8 @@
 """Laws of the pipeline: the sum adds up, duplicates stay on one side, the cache knows content, a batch is its step number."""
 
+import os
+import pickle
+import subprocess
 from collections import Counter
 from itertools import chain
 
@@ -103,8 +106,12 @@ def template_file(tmp_path, text):
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no rows are left to train on: 3 rows read, 0 kept, dropped: 3 overlong"):
+    with pytest.raises(UserError, match="no rows are left to train on: 3 rows read, 0 kept, dropped: 3 overlong") as e:
         run(config(tmp_path, [row(i) for i in range(3)], max_length=8))
+    assert "data.max_length=8" in str(e.value) and "the longest has 63 tokens. data.on_overlong=truncate" in str(e.value)
+    silent = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": 0}]}
+    with pytest.raises(UserError, match=r"on: 1 row read, 0 kept, dropped: 1 trains nothing$"):
+        run(config(tmp_path, [silent]))
     with pytest.raises(UserError, match=r"data\.train names no data"):
         run(config(tmp_path))
 
@@ -156,7 +163,7 @@ def test_held_out_files_are_used_whole_and_leaks_are_told(tmp_path):
     said = []
     got = run(c, said)
     assert (len(got.train), len(got.eval), len(got.test)) == (20, 7, 0)
-    assert got.report["eval_rows_in_train"] == 2 and any("also in data.train" in line for line in said)
+    assert got.report["eval_rows_in_train"] == 2 and any("data.train also holds 2 rows of data.eval" in line for line in said)
 
 
 def test_rows_know_where_they_come_from(tmp_path):
@@ -204,6 +211,18 @@ def test_the_cache_goes_by_content_not_by_name(tmp_path):
     assert run(c).report["read"] == 11
 
 
+def test_the_same_bytes_in_another_kind_of_file_are_other_rows(tmp_path):
+    c = config(tmp_path, [{"text": f"{i}"} for i in range(9)], split=(1, 0, 0))
+    c.task = "pretrain"
+    first, again = tmp_path / "train.jsonl", tmp_path / "train.txt"
+    again.write_bytes(first.read_bytes())
+    said = []
+    for path in (first, again):
+        c.data.train = (str(path),)
+        said.append(run(c).train.example(3).text)
+    assert said == ["3", '{"text": "3"}']
+
+
 def test_an_entry_is_whole_or_not_there(tmp_path):
     def rows():
         yield Rejected("f", 1, "", "bad")
@@ -212,6 +231,25 @@ def test_an_entry_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt), cache.entry(tmp_path, "key") as place:
         cache.write(place, rows(), ["f"])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_entry_is_for_all_whom_the_umask_lets_in(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with cache.entry(tmp_path, "key") as place:
+            (place / "file").touch()
+    finally:
+        os.umask(before)
+    assert [oct(p.stat().st_mode & 0o777) for p in (tmp_path / "key", tmp_path / "key" / "file")] == ["0o750", "0o640"]
+
+
+def test_an_entry_outlives_a_power_cut(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    with cache.entry(tmp_path, "key") as place:
+        (place / "file").touch()
+        held = [path.stat().st_ino for path in (place / "file", place, tmp_path)]
+    assert synced == held
 
 
 def test_the_hash_of_tokens_is_of_what_rows_encode_to(tmp_path):
@@ -262,6 +300,20 @@ def test_workers_give_what_one_process_gives(tmp_path):
     many = run(c, said)
     assert any("2 processes" in line for line in said)
     assert texts(alone.train) == texts(many.train) and alone.report == many.report
+
+
+@pytest.mark.parametrize("last", [b"", pickle.dumps([1] * 1000)[:-9]])
+def test_a_worker_that_ends_is_told_and_the_pool_leaves_nothing_open(monkeypatch, last):
+    program = f"import os, sys; sys.stdin.buffer.read(1); os.write(1, {last!r}); sys.exit('out of it')"
+    start = subprocess.Popen
+    monkeypatch.setattr(encode.subprocess, "Popen", lambda args, **kw: start([args[0], "-c", program], **kw))
+    with (
+        pytest.raises(UserError, match=r"ended with 1; --config.data.workers=1 does without: out of it"),
+        encode.Pool(1, None, "answers") as pool,
+    ):
+        next(pool.map(iter([[Example("f", 1, text="a")]])))
+    (worker,) = pool.workers
+    assert worker.log.closed and worker.process.stdin.closed and worker.process.stdout.closed
 
 
 # -- the stream

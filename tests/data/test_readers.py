@@ -44,6 +44,8 @@ def bad(path, **options):
         ("array.jsonl", f"[{JA},\n{JB}, {JC}]", (1, 2, 2)),
         ("indented.jsonl", "\n".join(json.dumps(row, indent=1) for row in (A, B, C)), (1, 4, 7)),
         ("a.json", json.dumps([A, B, C], indent=1), (2, 5, 8)),
+        ("flat.json", json.dumps([A, B, C]) + "\n", (1, 2, 3)),
+        ("flat_wrapped.json", json.dumps({"n": 3, "data": [A, B, C]}), (1, 2, 3)),
         ("lines.json", f"{JA}\n{JB}\n{JC}\n", (1, 2, 3)),
         ("wrapped.json", json.dumps({"version": [1], "data": [A, B, C], "n": 3}, indent=1), (6, 9, 12)),
         ("a.csv", "text\na\n\nb\n c".replace(" ", ""), (2, 4, 5)),
@@ -92,7 +94,11 @@ def test_hub_rows_are_numbered_and_absence_is_explained(tmp_path, monkeypatch):
         ('{"text": -Infinity}', "holds -Infinity, which is not JSON; write null or a number"),
         ('{"text": "\\ud83d"}', "holds half of a surrogate pair (\\ud800-\\udfff), which is no character"),
         ("[" * 100_000 + "]" * 100_000, "is not JSON: nested too deeply at column 1"),
-        (b'{"text": "\xe4"}', "is not UTF-8: byte 0xe4 at offset 24 of the file; convert it, e.g. iconv -f GB18030 -t UTF-8"),
+        (
+            b'{"text": "\xe4"}',
+            "is not UTF-8: byte 0xe4 at offset 24 of the file; convert it: iconv -f ITS_ENCODING -t UTF-8 (latin1, cp1252, "
+            "GB18030, ...)",
+        ),
     ],
 )
 def test_a_bad_line_is_told_and_the_next_is_read(file, line, reason):
@@ -119,6 +125,7 @@ def test_bad_elements_of_an_array_are_told_and_the_others_are_read(file):
     ("name", "data", "message"),
     [
         ("cut.json", f'[{JA},\n{{"te', "cut.json:2: is not JSON: unterminated string"),
+        ("flat.json", f'[{JA}, {JB}, {{"te', "flat.json:3: is not JSON: unterminated string"),
         ("comma.json", f"[{JA}\n{JB}]", "comma.json:2: is not JSON: a comma or ] is missing"),
         ("twice.json", f"[{JA}]\n[{JB}]", "twice.json:2: is not JSON: something follows the array"),
         ("quote.csv", 'text,n\n"a\n,1\nb,2\n', "quote.csv:2: a quote opened in this row is never closed"),
@@ -139,12 +146,19 @@ def test_a_file_that_cannot_be_read_to_its_end_is_refused(file, name, data, mess
 @pytest.mark.parametrize("data", ["", " \n\n", "\ufeff"])
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "tsv", "txt"])
 def test_an_empty_file_is_told(file, kind, data):
-    assert bad(file(f"a.{kind}", data)) == [(1, "the file is empty: it has no rows")]
+    assert bad(file(f"a.{kind}", data)) == [(1, "the file is empty")]
 
 
-@pytest.mark.parametrize(("name", "data"), [("head.csv", "text,label\n"), ("a.json", "[]"), ("b.json", '{"data": []}')])
-def test_a_file_without_rows_is_told(file, name, data):
-    assert bad(file(name, data)) == [(1, "the file is empty: it has no rows")]
+@pytest.mark.parametrize(
+    ("name", "data", "has"),
+    [
+        ("head.csv", "text,label\n", "a header line and no rows"),
+        ("a.json", "[]", "no rows"),
+        ("b.json", '{"data": []}', "no rows"),
+    ],
+)
+def test_a_file_without_rows_is_told(file, name, data, has):
+    assert bad(file(name, data)) == [(1, f"the file has {has}")]
 
 
 def test_csv_records_know_the_line_they_start_on(file):
@@ -197,6 +211,19 @@ def test_a_directory_is_read_sorted_and_in_depth(file, tmp_path):
     found = [path.removeprefix(f"{tmp_path}/d/") for path in resolve(str(tmp_path / "d"))]
     assert found == ["a/z.json", "b.jsonl", "c.csv.gz"]
     assert resolve(str(tmp_path / "d" / "**" / "*.json*")) == resolve(str(tmp_path / "d"))[:2]
+
+
+@pytest.mark.parametrize(
+    ("splits", "told"),
+    [(("",), "d: holds a dataset saved with"), (("train", "test"), r"d: holds datasets \(test, train\) saved")],
+)
+def test_a_dataset_saved_to_disk_is_refused_by_the_names_of_its_splits(file, tmp_path, splits, told):
+    file("d/dataset_dict.json", json.dumps({"splits": splits}))
+    for split in splits:
+        file(f"d/{split}/dataset_info.json", "{}")
+        file(f"d/{split}/data-00000-of-00001.arrow", "")
+    with pytest.raises(UserError, match=told):
+        resolve(str(tmp_path / "d"))
 
 
 def test_a_remote_file_is_read_like_a_local_one():

@@ -8,6 +8,7 @@ import pytest
 from sftjax.config import UserError
 from sftjax.generate.answer import run_generate
 from sftjax.generate.chat import open_engine
+from sftjax.generate.engine import Engine
 
 
 def test_rows_are_answered_in_order(toy, tmp_path):
@@ -41,6 +42,20 @@ def test_a_wrong_option_loses_no_earlier_answers(toy, tmp_path, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         run_generate(str(toy.base), data=str(toy.data), out=str(out), force=True, max_new_tokens=2, **wrong)
     assert out.read_text() == "mine"
+
+
+def test_answers_that_end_early_leave_no_file(toy, tmp_path, monkeypatch):
+    out = tmp_path / "answers.jsonl"
+    each = Engine.each
+
+    def cut(*args, **options):
+        yield next(each(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "each", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_generate(str(toy.base), data=str(toy.data), out=str(out), max_new_tokens=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_cannot_be_asked_are_named_before_anything_is_written(toy, tmp_path):
