@@ -66,10 +66,10 @@ class Job:
             check_routers(config, self.base)
             self.chat = self.base.chat
             self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
-            self.run.lock()
         hosts.refuse_unshared(self.run.workdir)
         self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))
         with hosts.agreeing():
+            self.run.lock()
             self.stream = stream(self.splits.train, config, mine=hosts.own_rows(self.mesh, config.train.batch_size))
             self.manifest = self.describe()
             self.refuse_another_run(force)
