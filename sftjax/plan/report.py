@@ -58,19 +58,7 @@ def plan(
     No weights are read and no array is made: `model.path` may hold nothing but a config.json. `price` is in dollars for an hour
     of one chip. `compile` asks the TPU's own compiler too. Raises UserError.
     """
-    if not 0 < efficiency <= 1:
-        raise UserError(f"--efficiency={efficiency}: needs a share, above 0 and at most 1")
-    if price is not None and not 0 <= price < math.inf:
-        raise UserError(f"--price={price}: needs dollars for an hour of one chip, at least 0")
-    if price is not None and topology is None:
-        raise UserError(f"--price={price}: needs a --topology, such as v5e:1x1, whose chips it is the price of")
-    if topology is None and compile:
-        raise UserError("--exact needs a --topology, such as v5e:1x1")
-    where = parse(topology) if topology else None
-    if price is not None and where and where.chip.name == "cpu":
-        raise UserError(f"--price={price}: no time is estimated for a CPU, so it has no price; leave it out")
-    if where and compile:
-        exact.ready(where)
+    where = asked(topology, price, efficiency, compile)
     refuse_unplanned(config)
     if config.task in ROLLOUTS:
         pipeline.room(config, "prompts")
@@ -113,6 +101,24 @@ def estimator(job: Dry, where: Topology | None) -> Estimator:
         mesh_sizes(c, where.devices)  # says what is wrong
     check_batch(c, abstract_mesh(sizes))
     return Estimator(job, sizes)
+
+
+def asked(topology: str | None, price: float | None, efficiency: float, compile: bool) -> Topology | None:
+    """The topology that is planned for. Raises UserError where the options say no such thing."""
+    if not 0 < efficiency <= 1:
+        raise UserError(f"--efficiency={efficiency}: needs a share, above 0 and at most 1")
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--price={price}: needs dollars for an hour of one chip, at least 0")
+    if price is not None and topology is None:
+        raise UserError(f"--price={price}: needs a --topology, such as v5e:1x1, whose chips it is the price of")
+    if topology is None and compile:
+        raise UserError("--exact needs a --topology, such as v5e:1x1")
+    where = parse(topology) if topology else None
+    if price is not None and where and where.chip.name == "cpu":
+        raise UserError(f"--price={price}: no time is estimated for a CPU, so it has no price; leave it out")
+    if where and compile:
+        exact.ready(where)
+    return where
 
 
 def read_rows(config: ConfigDict) -> Rows:
