@@ -49,24 +49,24 @@ def default() -> ConfigDict:
 
     c.method = "lora"  # lora | full | freeze | adapter | tokens
     c.lora = ConfigDict()
-    c.lora.rank = 16
-    c.lora.alpha = 32.0
-    c.lora.dropout = 0.0
+    c.lora.rank = 16  # columns of a and rows of b: how much an update can say
+    c.lora.alpha = 32.0  # an update counts alpha / rank
+    c.lora.dropout = 0.0  # the share of what goes into an update that is left out, in training
     c.lora.targets = anything("all-linear")  # all-linear, or names and regexes: ("q_proj", "v_proj")
     c.lora.rslora = False  # scale alpha / sqrt(rank), arXiv:2312.03732
     c.lora.dora = False  # trains the columns' magnitudes apart from their directions, arXiv:2402.09353
     c.lora.init = "zero"  # zero | pissa (arXiv:2404.02948) | olora (arXiv:2406.01775)
     c.lora.lr_ratio = 1.0  # learning rate of b, which starts at zero, over that of a: LoRA+ takes 16, arXiv:2402.12354
     c.lora.rank_pattern = ConfigDict()  # module or regex -> rank, e.g. {"down_proj": 32}
-    c.lora.alpha_pattern = ConfigDict()
+    c.lora.alpha_pattern = ConfigDict()  # the same for alpha
     c.lora.modules_to_save = anything(())  # train these as a whole too: ("embed_tokens", "lm_head")
     c.freeze = ConfigDict()
     c.freeze.last_n_layers = 0  # train these last decoder layers ...
     c.freeze.train = anything(())  # ... and leaves whose path (layers/attn/q/bias, head/kernel) one of these regexes finds
 
     c.adapter = ConfigDict()  # bottleneck adapters, arXiv:1902.00751
-    c.adapter.width = 64
-    c.adapter.targets = anything(("o_proj", "down_proj"))
+    c.adapter.width = 64  # of the bottleneck
+    c.adapter.targets = anything(("o_proj", "down_proj"))  # modules whose output goes through one
     c.tokens = ConfigDict()
     c.tokens.train = anything(())  # tokens whose rows of embedding and head train, by any method; one that is new is added
 
@@ -75,24 +75,25 @@ def default() -> ConfigDict:
     c.data.eval = anything(None)  # held-out rows, as data.train; None = split off from train
     c.data.split = (8, 1, 1)  # train : eval : test where eval is None; by content, so duplicates stay together
     # alpaca | sharegpt | messages | prompt_completion | label | text | prompt | pair | ranking | unpaired | tree
-    c.data.format = "auto"
+    c.data.format = "auto"  # found from the columns
     c.data.columns = ConfigDict()  # canonical name -> the file's own column, e.g. {"instruction": "question"}
     c.data.roles = ConfigDict()  # the file's role -> the template's role, e.g. {"human": "user"}
     c.data.system = placeholder(str)  # a system prompt for rows that have none
     c.data.label_prompt = "{text}"  # format label: the user's turn, with {text} and {labels}
     c.data.template = placeholder(str)  # a built-in name (chatml, llama3) or a .jinja file; None = the model's own, else chatml
-    c.data.loss_on = "answers"  # answers | last_answer | all
-    c.data.max_length = 1024
-    c.data.packing = True
+    c.data.loss_on = "answers"  # which tokens are learnt: answers | last_answer | all
+    c.data.max_length = 1024  # tokens of a row; what is longer is on_overlong's affair
+    c.data.packing = True  # several examples in a row, none of which sees another; False = one a row, padded
     c.data.on_bad_row = "error"  # error | skip (to rejected.jsonl)
     c.data.on_overlong = "drop"  # drop | truncate | error
     c.data.workers = placeholder(int)  # tokenising processes; None = one a core
-    c.data.cache_dir = placeholder(str)  # None = ~/.cache/sftjax/data
+    c.data.cache_dir = placeholder(str)  # where tokenised rows are kept; None = ~/.cache/sftjax/data
 
     c.loss = ConfigDict()
-    c.loss.label_smoothing = 0.0
-    c.loss.z_loss = 0.0
-    # of the balance of a mixture's routers beside the loss, arXiv:2101.03961; a checkpoint's own is its router_aux_loss_coef
+    c.loss.label_smoothing = 0.0  # the share of each target that is spread over the vocabulary, arXiv:1512.00567
+    c.loss.z_loss = 0.0  # weight of log(Z)^2, which holds the logits' sum near 1; 1e-4 is usual, arXiv:2204.02311
+    # weight of the load-balancing loss of a mixture's routers, arXiv:2101.03961; a checkpoint's own value is its
+    # router_aux_loss_coef
     c.loss.router_balance = 0.0
     c.loss.neftune_alpha = 0.0  # 0 = off; 5 is the paper's choice, arXiv:2310.05914
 
@@ -109,7 +110,7 @@ def default() -> ConfigDict:
     # sigmoid (DPO), hinge, ipo, orpo, simpo, ...: the names in sftjax/losses/preference.py; or several with their weights
     c.dpo.loss = anything("sigmoid")  # {"sigmoid": 1.0, "bco_pair": 0.5}
     c.dpo.beta = placeholder(float)  # None = the loss's own: 2 for simpo, else 0.1
-    c.dpo.sft_weight = 0.0  # of the chosen answer's likelihood beside the loss: RPO, arXiv:2404.19733
+    c.dpo.sft_weight = 0.0  # weight of an added -log-likelihood of the chosen answer: RPO, arXiv:2404.19733
     c.dpo.label_smoothing = 0.0  # the share of pairs that are taken to be the wrong way round
     c.dpo.divergence = "reverse_kl"  # reverse_kl | forward_kl | js | alpha, arXiv:2309.16240
     c.dpo.alpha = 0.5  # of the divergence alpha: 1 is forward KL, towards 0 reverse KL; TRL's coefficient is 1 - alpha
@@ -125,10 +126,10 @@ def default() -> ConfigDict:
 
     c.kto = ConfigDict()  # task kto, arXiv:2402.01306
     c.kto.loss = "kto"  # kto | apo_zero_unpaired, arXiv:2408.06266
-    c.kto.beta = 0.1
-    c.kto.desirable_weight = 1.0
-    c.kto.undesirable_weight = 1.0
-    c.kto.precompute_ref_log_probs = False  # as dpo's
+    c.kto.beta = 0.1  # how dear it is to leave the reference
+    c.kto.desirable_weight = 1.0  # what a good answer counts; where they are rare, more
+    c.kto.undesirable_weight = 1.0  # what a bad one counts
+    c.kto.precompute_ref_log_probs = False  # once, before training, and kept: as dpo's
 
     c.grpo = ConfigDict()  # task grpo, arXiv:2402.03300: answers are rewarded, and held against others to the same prompt
     # exact_match and others of eval.metrics, "format:REGEX", "length:N", "file.py:function", "model:DIR"; docs/reinforcement.md
@@ -136,12 +137,12 @@ def default() -> ConfigDict:
     c.grpo.reward_weights = anything(())  # a number for each of them; () = 1 for all
     c.grpo.num_generations = 8  # answers to each prompt; train.batch_size counts answers
     c.grpo.max_completion_length = 256  # tokens of an answer; data.max_length holds it with its prompt
-    c.grpo.temperature = 1.0
-    c.grpo.top_p = 1.0
+    c.grpo.temperature = 1.0  # at which answers are sampled, and their log-probs taken
+    c.grpo.top_p = 1.0  # they are sampled from the likeliest tokens of this probability together; 1 = all
     c.grpo.advantage = "grpo"  # grpo: less the mean of the prompt's answers | rloo: of the others, arXiv:2402.14740
     c.grpo.scale_rewards = "group"  # by the spread of the prompt's answers (group), of all (batch), or none, arXiv:2503.20783
     c.grpo.loss_type = "grpo"  # each answer counts the same | dapo: each token, arXiv:2503.14476 | dr_grpo: a constant
-    c.grpo.beta = 0.04  # of the distance from the reference; 0 needs no reference
+    c.grpo.beta = 0.04  # weight of the KL to the reference; at 0 there is no reference
     c.grpo.epsilon = 0.2  # how far a ratio may go before it is clipped ...
     c.grpo.epsilon_high = placeholder(float)  # ... upwards; None = epsilon; DAPO takes 0.28
     c.grpo.num_iterations = 1  # times that each answer is learnt from
@@ -156,8 +157,8 @@ def default() -> ConfigDict:
     c.ppo.missing_eos_penalty = 0.0  # taken from the reward of an answer that did not end by itself
     c.ppo.value = placeholder(str)  # it starts as the reward model (reward) or as the base (base); None = the first, where it can
     c.ppo.max_completion_length = 256  # tokens of an answer; data.max_length holds it with its prompt
-    c.ppo.temperature = 1.0
-    c.ppo.top_p = 1.0
+    c.ppo.temperature = 1.0  # as grpo's
+    c.ppo.top_p = 1.0  # as grpo's
     c.ppo.num_ppo_epochs = 4  # times that each answer is learnt from
     c.ppo.num_mini_batches = 1  # parts into which a step's train.batch_size answers are cut, each with an update
     c.ppo.kl_coef = 0.05  # of each token's distance from the reference, which its reward pays
@@ -169,20 +170,19 @@ def default() -> ConfigDict:
     c.ppo.vf_coef = 0.1  # of the value's loss beside the policy's
     c.ppo.gamma = 1.0  # what a reward counts one token before it comes
     c.ppo.lam = 0.95  # lambda of arXiv:1506.02438: 1 = returns less values, 0 = one step ahead
-    c.ppo.whiten_rewards = False
-    c.ppo.whiten_advantages = True
+    c.ppo.whiten_rewards = False  # rewards are divided by their spread over the batch
+    c.ppo.whiten_advantages = True  # advantages are brought to mean 0 and spread 1
 
     c.optim = ConfigDict()
     c.optim.name = "adamw"  # adamw | adamw_8bit (arXiv:2110.02861) | adam | sgd | lion | adafactor | muon
     c.optim.offload = False  # the moments lie in the host's memory between updates
-    c.optim.lr = 2e-4
-    c.optim.lr_width = placeholder(
-        int
-    )  # the width that lr is meant for: width D trains with lr * lr_width / D (arXiv:2203.03466)
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.eps = 1e-8
-    c.optim.weight_decay = 0.0  # never on norms and biases
+    c.optim.lr = 2e-4  # the highest learning rate; full fine-tuning wants a tenth of LoRA's or less
+    # the width that lr is meant for: width D trains with lr * lr_width / D (arXiv:2203.03466); None = lr is for this model
+    c.optim.lr_width = placeholder(int)
+    c.optim.b1 = 0.9  # how much of the mean gradient is kept at each step: momentum
+    c.optim.b2 = 0.999  # the same of the mean squared gradient
+    c.optim.eps = 1e-8  # added to its root, by which the step is divided
+    c.optim.weight_decay = 0.0  # the share of a weight, times lr, that each step takes off; never of norms and biases
     c.optim.clip = 1.0  # global gradient norm; 0 = off
     c.optim.schedule = "cosine"  # cosine | linear | constant | wsd
     c.optim.warmup = 0.03  # below 1 a share of all steps, else steps
@@ -190,23 +190,23 @@ def default() -> ConfigDict:
     c.optim.final_lr = 0.0  # as a share of lr
 
     c.train = ConfigDict()
-    c.train.epochs = 1.0  # used where steps is None
-    c.train.steps = placeholder(int)
+    c.train.epochs = 1.0  # passes over the training rows, where steps is None
+    c.train.steps = placeholder(int)  # updates of the whole run; None = as many as epochs make
     c.train.batch_size = 8  # rows of max_length a step, over all devices
     c.train.micro_batch = placeholder(int)  # rows at a time; None = batch_size, more are accumulated by tokens
-    c.train.log_every = 10
+    c.train.log_every = 10  # steps between two reports of the loss
     c.train.eval_every = placeholder(int)  # steps; None = five times a run; 0 = only at the end
     c.train.save_every = placeholder(int)  # steps; None = as eval_every; 0 = only at the end
     c.train.keep = 2  # last checkpoints kept, beside the best
     c.train.patience = 0  # evaluations without improvement before stopping; 0 = never
     c.train.max_bad_steps = 5  # non-finite updates in a row before the run stops
-    c.train.tensorboard = True
+    c.train.tensorboard = True  # its event files are written beside metrics.jsonl
     c.train.generate_every = 0  # steps; a few held-out prompts are answered, into metrics.jsonl and the report; 0 = never
 
     c.eval = ConfigDict()
-    c.eval.batch_size = placeholder(int)  # None = micro_batch
+    c.eval.batch_size = placeholder(int)  # held-out rows at a time; None = train.micro_batch
     c.eval.generate = 0  # held-out prompts answered before and after training; 0 = none
-    c.eval.max_new_tokens = 128
+    c.eval.max_new_tokens = 128  # of such an answer
     c.eval.metrics = anything(())  # of answers, e.g. "exact_match,rougeL": sftjax/check.py has their names; () = what suits
 
     c.mesh = ConfigDict()  # devices along each axis; -1 = the rest; docs/sharding.md says which is for what
@@ -225,7 +225,9 @@ def default() -> ConfigDict:
 # the user's own names stand below these, with values of this type
 NAMED_FREELY = {"data.columns": str, "data.roles": str, "lora.rank_pattern": int, "lora.alpha_pattern": float}
 MAY_BE_DICTS = ("data.train", "data.eval", "classify.class_weights", "dpo.loss")  # of keys that are no config's own
-NO_DOTS = r"a name of your own has no dots; in a regex write \w for any letter, and q_proj is enough for self_attn.q_proj"
+NO_DOTS = (
+    r"names here cannot contain a dot: in a regex write \w where you would write a dot, and q_proj in place of self_attn.q_proj"
+)
 
 
 def anything(value: Any) -> FieldReference:
