@@ -84,32 +84,34 @@ def __getattr__(name: str) -> Any:
     return getattr(found, attribute) if attribute else found
 
 
-# `train`, `evaluate` and `plan` name a folder and a verb each: the folder answers to a call
+# `train`, `evaluate` and `plan` name a folder and a verb each: the folder answers to a call, with a config or the path of one
+
+
+def _opened(config: Any) -> Any:
+    return importlib.import_module("sftjax.config").opened(config)
 
 
 class _Train(ModuleType):
     def __call__(self, config: Any, workdir: Any, *, force: bool = False) -> dict[str, Any]:
         """Runs the task that `config.task` names in `workdir`, or resumes it; returns what its summary.json holds."""
-        return importlib.import_module("sftjax.tasks").train(config, workdir, force=force)
+        return importlib.import_module("sftjax.tasks").train(_opened(config), workdir, force=force)
 
 
 class _Evaluate(ModuleType):
-    def __call__(self, workdir: Any = None, config: Any = None, *, model: str | None = None, **options: Any) -> dict[str, Any]:
+    def __call__(self, workdir: Any = None, config: Any = None, *, model: Any = None, **options: Any) -> dict[str, Any]:
         """What eval.json holds: of a run beside what it started from, or of `model` on the rows of `data`.
 
         `options` as in `sftjax.tasks.evaluate`: of a run checkpoint, split; of a model data, adapter, base, quantize; of both
         out, metrics, rows, max_new_tokens and how to sample.
         """
-        tasks = importlib.import_module("sftjax.tasks.evaluate")
-        if (workdir is None) == (model is None):
-            raise tasks.UserError("evaluate needs the directory of a run, or model= and data=, and not both")
-        return tasks.evaluate_run(workdir, config, **options) if model is None else tasks.evaluate_model(model, config, **options)
+        config = None if config is None else _opened(config)
+        return importlib.import_module("sftjax.tasks.evaluate").evaluate(workdir, config, model=model, **options)
 
 
 class _Plan(ModuleType):
     def __call__(self, config: Any, topology: str | None = None, **options: Any) -> dict[str, Any]:
         """Says what a run of `config` would take on `topology`, and returns its figures. `options` as in `sftjax.plan.report`."""
-        return importlib.import_module("sftjax.plan.report").plan(config, topology, **options)
+        return importlib.import_module("sftjax.plan.report").plan(_opened(config), topology, **options)
 
 
 sftjax.train.__class__ = _Train

@@ -49,7 +49,7 @@ class Model:
     def logits(self, tokens: Any) -> Array:
         """tokens [B, T], or one text as a str -> [B, T, V] float32. For looking, not for training: the logits are whole.
 
-        With a score head [B, T, C]: of a sequence the last token's count. Raises UserError for tokens that the model does not have.
+        With a score head [B, T, C]: of a sequence the last token's count. Raises UserError for tokens it does not have.
         """
         ids = token_ids(self.tokenizer(tokens)["input_ids"] if isinstance(tokens, str) else tokens, self.config.vocab)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
