@@ -91,3 +91,8 @@ def test_a_config_may_be_the_path_of_one(toy, tmp_path):
     wrong = toy.config(task="SFT")
     with pytest.raises(sftjax.UserError, match=r"--config.task=SFT: needs one of .* did you mean sft\?"):
         sftjax.train(wrong, tmp_path / "run")
+
+
+def test_a_preview_needs_no_console(toy, capsys):
+    sftjax.preview(toy.config(), rows=1)
+    assert f"{toy.data}:1" in capsys.readouterr().out.replace("\n", "")

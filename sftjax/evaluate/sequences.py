@@ -68,7 +68,7 @@ def rendered(chat: Chat, messages: Sequence[Message | dict[str, Any]], where: st
     """The ids of a conversation that ends with an answer. Raises UserError for one that training would not read either."""
     try:
         if not isinstance(messages, (list, tuple)):
-            raise RowError(where, f"is {named(messages)}, must be a list of messages; one conversation goes into a list too")
+            raise RowError(where, f"is {named(messages)}, must be a list of messages; put one conversation into a list")
         turns = [as_dict(m) if isinstance(m, Message) else m for m in messages]
         said = conversation(turns, where, {}, {}, silent=True)
         if said[-1].role != "assistant":

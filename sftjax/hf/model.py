@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Model:
     def forward(self) -> Callable[..., Output]:
         """`(params, batch, key=None) -> Output(hidden, head, routed)`: what losses are made from."""
         return forward(self.module)
+
+    def using(self, params: Any) -> Model:
+        """The same model with other parameters, such as a loop has trained."""
+        return replace(self, params=params)
 
     def logits(self, tokens: Any) -> Array:
         """tokens [B, T], or one text as a str -> [B, T, V] float32. For looking, not for training: the logits are whole.
