@@ -183,13 +183,19 @@ def evaluate_model(
     chat = Chat(m.tokenizer, template=template, loss_on=config.data.loss_on)
     limit = min(max_length(side.decoder.config) for side in sides)
     config.data.max_length = min(config.data.max_length, limit)
+    rows = read_rows(config, chat, say)
+    subject = Subject(sides, chat, ends(m.directory, chat), rows, config, sharding.make_mesh(1, 1, 1))
+    of = {"model": model, "adapter": adapter, "base": base, "data": data}
+    return measure(subject, of, place=place, say=say, **options)
+
+
+def read_rows(config: ConfigDict, chat: Chat, say: Say) -> Rows:
+    """All rows of the one source that is config.data.train; `say` is told what became of them."""
     splits = pipeline.build(config, chat, say=lambda _: None)
     report, dropped = splits.report, splits.report["dropped"]
     told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in dropped.items()) or "none"
-    say(f"{data}: {report['read']:,} rows read, {report['kept']:,} kept, dropped: {told}")
-    subject = Subject(sides, chat, ends(m.directory, chat), splits.train, config, sharding.make_mesh(1, 1, 1))
-    of = {"model": model, "adapter": adapter, "base": base, "data": data}
-    return measure(subject, of, place=place, say=say, **options)
+    say(f"{config.data.train[0]}: {report['read']:,} rows read, {report['kept']:,} kept, dropped: {told}")
+    return splits.train
 
 
 def measure(
