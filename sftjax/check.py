@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from os import PathLike
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from sftjax.config import NAMED_FREELY, UserError, default, flatten, parts, shares
+from sftjax.config import NAMED_FREELY, UserError, default, flatten, near, parts, shares, shown
 
 CHOICES = {
     "task": ("sft", "pretrain", "classify", "reward", "dpo", "kto", "grpo", "ppo"),
@@ -171,6 +171,10 @@ USELESS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
 def check(config: ConfigDict) -> None:
     """Refuses values outside their choices and ranges, and combinations that mean nothing, naming both. Raises UserError."""
     values, defaults = dict(flatten(config)), dict(flatten(default()))
+    if wrong := sorted(values.keys() ^ defaults.keys()):
+        raise UserError(
+            f"--config.{wrong[0]}: the config has other keys than sftjax.default_config(); start from that, and change it"
+        )
     for key, value in values.items():
         if value is None and defaults[key] is not None:
             raise UserError(f"--config.{key}=None: needs a value, e.g. {defaults[key]}")
@@ -193,48 +197,56 @@ def check(config: ConfigDict) -> None:
 
 def check_values(values: dict[str, Any]) -> None:
     """Each value by itself. None, where a key may be None, is decided elsewhere."""
+    check_choices(values)
+    check_numbers(values)
+    check_names(values)
+    check_weights(values)
+    for key in ("data.train", "data.eval"):
+        refuse_rows(values[key], f"--config.{key}")
+    if not shares(values["data.split"]):
+        refuse(values, "data.split", "numbers, e.g. 8,1,1")
 
-    def refuse(key: str, why: str) -> None:
-        raise UserError(f"--config.{key}={shown(values[key])}: needs {why}")
 
+def refuse(values: dict[str, Any], key: str, why: str) -> NoReturn:
+    raise UserError(f"--config.{key}={shown(values[key])}: needs {why}")
+
+
+def check_choices(values: dict[str, Any]) -> None:
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
-            near = difflib.get_close_matches(str(values[key]), [str(a) for a in allowed], n=1)
-            refuse(key, f"one of {', '.join(map(str, allowed))}" + (f"; did you mean {near[0]}?" if near else ""))
+            close = near(str(values[key]), map(str, allowed))
+            refuse(values, key, f"one of {', '.join(map(str, allowed))}" + (f"; did you mean {close}?" if close else ""))
+
+
+def check_numbers(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            refuse(key, "a finite number")
+            refuse(values, key, "a finite number")
     for key, least in AT_LEAST.items():
         if values[key] is not None and values[key] < least:
-            refuse(key, f"at least {least}")
+            refuse(values, key, f"at least {least}")
     for key, most in AT_MOST.items():
         if values[key] > most:
-            refuse(key, f"at most {most}")
+            refuse(values, key, f"at most {most}")
     for key in ABOVE_0:
         if values[key] is not None and values[key] <= 0:
-            refuse(key, "more than 0")
+            refuse(values, key, "more than 0")
     for key in SHARES:
         if not 0 <= values[key] < 1:
-            refuse(key, "a share, at least 0 and below 1")
+            refuse(values, key, "a share, at least 0 and below 1")
     for key in (key for key in values if key.startswith("mesh.")):
         if values[key] < 1 and values[key] != -1:
-            refuse(key, "at least 1, or -1 for the rest of the devices")
+            refuse(values, key, "at least 1, or -1 for the rest of the devices")
+
+
+def check_names(values: dict[str, Any]) -> None:
+    """What is a name or several, and names of the user's own."""
     for key in ("lora.targets", "lora.modules_to_save", "freeze.train", "adapter.targets", "tokens.train", "eval.metrics"):
         if not (isinstance(values[key], (str, tuple, list)) and all(isinstance(x, str) for x in values[key])):
-            refuse(key, "a name or names, e.g. q_proj,v_proj")
+            refuse(values, key, "a name or names, e.g. q_proj,v_proj")
         if key.endswith(".targets") and not any(parts(values[key])):
-            refuse(key, f"a name at least, e.g. {shown(default()[key.split('.')[0]].targets)}")
+            refuse(values, key, f"a name at least, e.g. {shown(default()[key.split('.')[0]].targets)}")
     refuse_metrics(parts(values["eval.metrics"]), "--config.eval.metrics")
-    weights = values["classify.class_weights"]
-    if not (weights in ("none", "balanced") if isinstance(weights, str) else named_weights(weights)):
-        refuse("classify.class_weights", "none, balanced, or a number above 0 for labels by name, e.g. {'spam': 3.0}")
-    if not (isinstance(values["dpo.loss"], str) or (values["dpo.loss"] and named_weights(values["dpo.loss"]))):
-        refuse("dpo.loss", "a name, or several with a number above 0 each, e.g. {'sigmoid': 1.0, 'bco_pair': 0.5}")
-    for key in ("grpo.rewards", "grpo.reward_weights", "ppo.rewards", "ppo.reward_weights"):
-        if not isinstance(values[key], (str, int, float, tuple, list)):
-            refuse(key, "a value or several, e.g. exact_match,length:20 with weights 1,0.5")
-    if not shares(values["data.split"]):
-        refuse("data.split", "numbers, e.g. 8,1,1")
     for group, kind in NAMED_FREELY.items():
         for name, value in values[group].items():
             fits, why = OWN[kind]
@@ -244,20 +256,48 @@ def check_values(values: dict[str, Any]) -> None:
                 raise UserError(f"--config.{group}.{name}={shown(value)}: needs {why}")
 
 
+def check_weights(values: dict[str, Any]) -> None:
+    """What is a name, or several with a weight each."""
+    weights = values["classify.class_weights"]
+    if not (weights in ("none", "balanced") if isinstance(weights, str) else named_weights(weights)):
+        refuse(values, "classify.class_weights", "none, balanced, or a number above 0 for labels by name, e.g. {'spam': 3.0}")
+    if not (isinstance(values["dpo.loss"], str) or (values["dpo.loss"] and named_weights(values["dpo.loss"]))):
+        refuse(values, "dpo.loss", "a name, or several with a number above 0 each, e.g. {'sigmoid': 1.0, 'bco_pair': 0.5}")
+    for key in ("grpo.rewards", "grpo.reward_weights", "ppo.rewards", "ppo.reward_weights"):
+        if not isinstance(values[key], (str, int, float, tuple, list)):
+            refuse(values, key, "a value or several, e.g. exact_match,length:20 with weights 1,0.5")
+
+
+SOURCE = ("path", "weight", "format", "columns")  # what a data source that is a dict may say
+WRITE = {  # what writes rows in memory, by the name of their type
+    "DataFrame": "frame.to_json('rows.jsonl', orient='records', lines=True)",
+    "Dataset": "dataset.to_json('rows.jsonl')",
+    "DatasetDict": "dataset['train'].to_json('rows.jsonl')",
+}
+
+
+def refuse_rows(value: Any, key: str = "data") -> None:
+    """Raises UserError where rows themselves stand in place of the path that they are read from."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            refuse_rows(item, key)
+        return
+    kind = type(value).__name__
+    named = not value or bool({*SOURCE} & {*value}) if isinstance(value, (dict, ConfigDict)) else kind == "Source"
+    if not (named or value is None or isinstance(value, (str, PathLike, int, float))):
+        how = WRITE.get(kind, "a json.dumps(row) a line")
+        raise UserError(f"{key}: rows in memory ({kind}) are not read; write them to a file, {how}, and give its path")
+
+
 def refuse_metrics(names: Iterable[str], key: str = "metrics") -> None:
     """Raises UserError for a name that is no metric."""
     for name in names:
         if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            close = near(name, METRICS)
+            hint = f"; did you mean {close}?" if close else ""
             raise UserError(f"{key}={name}: no such metric, there are {', '.join(METRICS)}{hint}")
 
 
 def named_weights(value: Any) -> bool:
     """Is it {label: a number above 0}?"""
     return isinstance(value, (dict, ConfigDict)) and all(OWN[float][0](weight) for weight in value.values())
-
-
-def shown(value: Any) -> str:
-    """A value as one would type it on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

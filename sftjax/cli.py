@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sftjax.options import EXAMPLES, Parser, build_parser, model_options
+from sftjax.options import EXAMPLES, Parser, build_parser
 
 VLLM_RANKS = (32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be above its default of 16, vllm/config/lora.py
 
@@ -152,7 +152,7 @@ def data(args: argparse.Namespace) -> None:
     config = load_config(args) if args.config else default()
     for item in args.overrides:
         if not item.startswith(OF_ROWS):
-            raise UserError(f"--config.{item}: means nothing where rows are read; leave it out, it takes {', '.join(OF_ROWS)}")
+            raise UserError(f"--config.{item}: has no effect on how rows are read; leave it out. What has: {', '.join(OF_ROWS)}")
         override(config, *item.split("=", 1))
     counts = write(args.data, args.out, config.data, force=args.force)
     left = {
@@ -187,11 +187,31 @@ def train(args: argparse.Namespace) -> None:
 def eval_(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from sftjax.check import refuse_metrics
-    from sftjax.config import UserError, default, override, parts
+    from sftjax.config import parts
     from sftjax.evaluate.table import show
-    from sftjax.tasks.evaluate import evaluate_model, evaluate_run, refuse_too_few
-    from sftjax.tasks.export import FORMS, read_config
+    from sftjax.tasks.evaluate import evaluate_model, evaluate_run
+
+    config = eval_config(args)
+    keep_compilations(args.workdir)
+    options = sampling(args)
+    over = {name: options.pop(name) for name in ("adapter", "quantize")}
+    options |= {"out": args.out, "metrics": parts(args.metrics or ""), "rows": args.rows, "batch_size": args.batch_size}
+    if args.workdir:
+        found = evaluate_run(args.workdir, config, checkpoint=args.checkpoint or "last", split=args.split, **options)
+    else:
+        found = evaluate_model(args.model, config, data=args.data, base=args.base, **over, **options)
+    print()
+    show(found, Console())
+    eval_next(args, config, found)
+
+
+def eval_config(args: argparse.Namespace) -> Any:
+    """The config of an evaluation: that of --config, else the run's own, else the default. Raises UserError for what no
+    evaluation of this kind reads."""
+    from sftjax.config import UserError, default, override
+    from sftjax.tasks.evaluate import refuse_too_few
+    from sftjax.tasks.export import read_config
+    from sftjax.tasks.scored import KEYS, head
 
     of_run = [f"--{name}" for name in ("workdir", "checkpoint", "split") if getattr(args, name)]
     of_model = [f"--{name}" for name in ("model", "adapter", "base", "data", "quantize") if getattr(args, name)]
@@ -201,38 +221,33 @@ def eval_(args: argparse.Namespace) -> None:
         raise UserError("--model needs --data=FILE, the rows that it is measured on")
     refuse_too_few(vars(args))
     if args.model:
-        refuse_keys(args.overrides)
-    metrics = parts(args.metrics or "")
-    refuse_metrics(metrics, "--metrics")
-    keep_compilations(args.workdir)
+        refuse_keys(args.overrides, OF_A_FILE)
+        if args.overrides and head(args.model, args.adapter):
+            refuse_keys(args.overrides, KEYS)
     if args.config:
-        config = load_config(args)
-    else:
-        config = read_config(Path(args.workdir).expanduser()) if args.workdir else default()
-        for item in args.overrides:
-            key, _, value = item.partition("=")
-            override(config, key, value)
-    options = sampling(args)
-    adapter, quantize = options.pop("adapter"), options.pop("quantize")
-    shared = {"out": args.out, "metrics": metrics, "rows": args.rows, "batch_size": args.batch_size, **options}
-    if args.model and eval_scored(args, config, adapter, quantize):
-        return
-    if args.workdir:
-        found = evaluate_run(args.workdir, config, checkpoint=args.checkpoint or "last", split=args.split, **shared)
-    else:
-        found = evaluate_model(args.model, config, data=args.data, adapter=adapter, base=args.base, quantize=quantize, **shared)
-    print()
-    show(found, Console())
+        return load_config(args)
+    config = read_config(Path(args.workdir).expanduser()) if args.workdir else default()
+    for item in args.overrides:
+        override(config, *item.split("=", 1))
+    return config
+
+
+def eval_next(args: argparse.Namespace, config: Any, found: dict[str, Any]) -> None:
+    """Says what was written, and what to do with the model."""
+    from sftjax.tasks.export import FORMS
+
     out = args.out or (f"{args.workdir}/eval" if args.workdir else None)
-    print(f"\npredictions.jsonl and eval.json: {out}" if out else "\nnothing was written; --out=DIR keeps every answer")
+    answers = "generation" in found  # and not what a score head says
+    rows, each = ("predictions.jsonl", "answer") if answers else ("scores.jsonl", "score")
+    print(f"\n{rows} and eval.json: {out}" if out else f"\nnothing was written; --out=DIR keeps every {each}")
     if args.workdir:
         if not args.out:
             print(f"report: {args.workdir}/report.html")
         step = found["of"]["step"]
         print(f"next: sftjax export --workdir={args.workdir} --checkpoint={step} --to={FORMS[config.method][0]} --out=DIR")
-    else:
-        over = f" --adapter={adapter}" if adapter else ""
-        print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={quantize}" if quantize else ""))
+    elif answers:
+        over = f" --adapter={args.adapter}" if args.adapter else ""
+        print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={args.quantize}" if args.quantize else ""))
 
 
 OF_ROWS = ("data.format", "data.columns", "data.roles", "data.system", "data.on_bad_row")  # what says how preferences are read
@@ -247,7 +262,7 @@ FLAGS = {
 }
 
 
-def refuse_keys(overrides: list[str], of: tuple[str, ...] = OF_A_FILE) -> None:
+def refuse_keys(overrides: list[str], of: tuple[str, ...]) -> None:
     """Raises UserError for a config key that means nothing where a model is evaluated on a file."""
     from sftjax.config import UserError, default, flatten
 
@@ -255,47 +270,12 @@ def refuse_keys(overrides: list[str], of: tuple[str, ...] = OF_A_FILE) -> None:
     for item in overrides:
         key = item.partition("=")[0]
         if key in FLAGS:
-            raise UserError(f"--config.{item}: means nothing with --model; use {FLAGS[key]}")
+            raise UserError(f"--config.{item}: has no effect with --model; use {FLAGS[key]}")
         if key in known and (key == "data.split" or not key.startswith(of)):
             raise UserError(
-                f"--config.{item}: means nothing with --model, whose rows are those of --data; leave it out, of the config's "
-                f"keys it takes {', '.join(name + '*' * name.endswith('.') for name in of)}"
+                f"--config.{item}: has no effect with --model, whose rows come from --data; leave it out. What has: "
+                f"{', '.join(name + '*' * name.endswith('.') for name in of)}"
             )
-
-
-def eval_scored(args: argparse.Namespace, config: Any, adapter: str | None, quantize: str | None) -> bool:
-    """Evaluates a model that ends with a score head; False where it does not."""
-    from rich.console import Console
-
-    from sftjax.config import UserError
-    from sftjax.evaluate.table import show
-    from sftjax.hf.load import load_config, resolve
-    from sftjax.hf.model import load
-    from sftjax.hf.peft import adapter_labels
-    from sftjax.tasks.scored import KEYS, score_file
-    from sftjax.train.run import Run
-
-    labels = load_config(resolve(args.model)).labels
-    if not labels and not (adapter and adapter_labels(resolve(adapter, needs="adapter_config.json"))):
-        return False
-    plain = argparse.ArgumentParser()
-    model_options(plain)
-    usual = {**vars(plain.parse_args([])), "max_new_tokens": None, "base": None, "metrics": None, "rows": None}
-    asked = [
-        name for name, value in usual.items() if name not in ("model", "adapter", "quantize") and getattr(args, name) != value
-    ]
-    if asked:
-        flag = "--" + asked[0].replace("_", "-")
-        raise UserError(f"{flag}: {adapter or args.model} ends with a score head, and has no such choice; leave it out")
-    refuse_keys(args.overrides, KEYS)
-    place = Run(args.out, option="--out") if args.out else None
-    how = {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code}
-    m = load(args.model, adapter=adapter, quantize=quantize, **how)
-    found = score_file(m, args.data, config, place=place, batch_size=args.batch_size)
-    print()
-    show(found, Console())
-    print(f"\nscores.jsonl and eval.json: {args.out}" if args.out else "nothing was written; --out=DIR keeps every score")
-    return True
 
 
 def export_(args: argparse.Namespace) -> None:
@@ -388,7 +368,7 @@ def compare(args: argparse.Namespace) -> None:
         out=args.out,
         prompts=args.prompts,
         expected=args.expected,
-        metrics=[name.strip() for name in (args.metrics or "").split(",") if name.strip()],
+        metrics=args.metrics or "",
         rows=args.rows,
         show=args.show,
         quantize=args.quantize,

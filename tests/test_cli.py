@@ -90,7 +90,7 @@ def test_pairs_are_written_from_rankings(sftjax, mistake, tmp_path):
     assert f"3 rows, 1 make no pair, all their answers being equally good or the same\n5 pairs in {out}, 4 ties" in said
     assert [json.loads(line)["rejected"] for line in out.read_text().splitlines()] == ["b", "c", "c", "c", "c"]
     assert "exists already; give --force" in mistake(*argv)
-    assert "means nothing where rows are read" in mistake(*argv, "--force", "--config.train.steps=3")
+    assert "has no effect on how rows are read" in mistake(*argv, "--force", "--config.train.steps=3")
     assert mistake("data", "pears", *argv[2:]).startswith("pears: needs the word pairs after it; for example")
     assert mistake("data", "pairs").startswith("needs --data=FILE and --out=FILE; for example")
 
@@ -166,16 +166,16 @@ def test_a_run_and_adapters_without_one_are_not_mixed(mistake, tmp_path, argv, s
         (["--workdir=w", "--batch-size=0"], "--batch-size=0: needs at least 1"),
         (
             ["--model=m", "--data=d", "--config.model.quantize=nf4"],
-            "--config.model.quantize=nf4: means nothing with --model; use --quantize",
+            "--config.model.quantize=nf4: has no effect with --model; use --quantize",
         ),
         (
             ["--model=m", "--data=d", "--config.data.train=x"],
-            "--config.data.train=x: means nothing with --model; use --data=FILE",
+            "--config.data.train=x: has no effect with --model; use --data=FILE",
         ),
         (
             ["--model=m", "--data=d", "--config.mesh.fsdp=2"],
-            "--config.mesh.fsdp=2: means nothing with --model, whose rows are those of --data; leave it out, of the "
-            "config's keys it takes data.*, eval.*, seed, task, model.dtype, model.trust_remote_code",
+            "--config.mesh.fsdp=2: has no effect with --model, whose rows come from --data; leave it out. What has: "
+            "data.*, eval.*, seed, task, model.dtype, model.trust_remote_code",
         ),
         (["--workdir=w"], "--workdir=w: no config.json there, so it is no run's directory"),
     ],
@@ -299,7 +299,7 @@ FILES = {
     "does not parse": ("def get_config(:\n", ":1: invalid syntax"),
     "imports what is not there": ("\nimport nothing_there\n", ":2: No module named 'nothing_there'"),
     "unknown key": (DEFAULT + "    c.optim.lrr = 3\n    return c\n", ":6: no such key: lrr; did you mean optim.lr?"),
-    "wrong type": (DEFAULT + "    c.optim.lr = 'fast'\n    return c\n", ":6: Could not override field 'lr'"),
+    "wrong type": (DEFAULT + "    c.optim.lr = 'fast'\n    return c\n", ":6: --config.optim.lr=fast: needs a number"),
     "fails": (DEFAULT + "    return 1 / 0\n", ":6: division by zero"),
 }
 

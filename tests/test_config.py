@@ -2,12 +2,15 @@
 
 import itertools
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sftjax.check import CHOICES, USELESS, check, shown
-from sftjax.config import UserError, default, flatten, load, override
+from sftjax import config as config_module
+from sftjax.check import CHOICES, USELESS, check
+from sftjax.config import UserError, default, flatten, load, opened, override, shown
 from sftjax.data import layouts
 
 DEFAULTS = dict(flatten(default()))
@@ -83,6 +86,7 @@ REFUSED = [
     ("lora.rank=none", "needs a number"),
     ("lora.lr_ratio=0", "needs more than 0"),
     ("lora.init=pisa", "did you mean pissa?"),
+    ("optim.name=AdamW", "did you mean adamw?"),
     ("lora.targets=", "needs a name at least, e.g. all-linear"),
     ("adapter.targets=", "needs a name at least, e.g. o_proj,down_proj"),
     ("model.quantize=nf5", "did you mean nf4?"),
@@ -128,11 +132,11 @@ def test_names_of_ones_own_may_be_regexes_and_have_no_dots(tmp_path):
     override(c, "lora.alpha_pattern.down_proj", "4")
     assert (c.lora.rank_pattern.to_dict(), c.lora.alpha_pattern.to_dict()) == ({"(q|k)_proj": 4}, {"down_proj": 4.0})
     check(c)
-    assert "q_proj is enough for self_attn.q_proj" in told("lora.rank_pattern.self_attn.q_proj=4")
-    assert "has no dots" in told("lora.rank_pattern={'.*_proj': 4}")
+    assert "q_proj in place of self_attn.q_proj" in told("lora.rank_pattern.self_attn.q_proj=4")
+    assert "cannot contain a dot" in told("lora.rank_pattern={'.*_proj': 4}")
     assert "no such key" in told("lora.rank_pattern.=4")
     (tmp_path / "c.py").write_text(FILE.format("c.lora.rank_pattern = {'self_attn.q_proj': 4}"))
-    with pytest.raises(UserError, match=r"c.py:4: self_attn.q_proj: .*has no dots"):
+    with pytest.raises(UserError, match=r"c.py:4: self_attn.q_proj: .*cannot contain a dot"):
         load(tmp_path / "c.py")
 
 
@@ -174,8 +178,13 @@ def test_a_config_file_may_say_what_the_schema_says(line, tmp_path):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("c.train.steps = 'abc'", ":4: Could not override field 'steps'"),
-        ("c.eval.batch_size = 1.5", ":4: Could not override field 'batch_size'"),
+        ("c.train.steps = 'abc'", ":4: --config.train.steps=abc: needs a number"),
+        ("c.eval.batch_size = 1.5", ":4: --config.eval.batch_size=1.5: needs a whole number"),
+        ("c.model.path = 3", ":4: --config.model.path=3: needs text"),
+        ("c.data.packing = 1", ":4: --config.data.packing=1: needs true or false"),
+        ("c.lora = {'rnak': 4}", ":4: no such key: rnak; did you mean lora.rank?"),
+        ("c.train.stepz = 3", ":4: no such key: stepz; did you mean train.steps?"),
+        ("c.data.train = [{'instruction': 'a', 'output': 'b'}]", "--config.data.train: rows in memory (dict) are not read"),
         ("c.optim.lr = -1.0", "--config.optim.lr=-1.0: needs at least 0"),
         ("from ml_collections import ConfigDict; c = ConfigDict({'seed': 1})", "needs a function get_config()"),
         ("c.lora.rank = None", "--config.lora.rank=None: needs a value"),
@@ -197,9 +206,81 @@ def test_a_config_file_is_held_to_the_same(line, sentence, tmp_path):
     assert sentence in str(refused.value)
 
 
+def test_a_value_goes_in_as_what_it_says():
+    c = default()
+    c.optim.lr, c.lora.rank, c.model.path, c.optim.eps = "1e-4", 8.0, Path("base"), np.float64(1e-6)
+    c.train.steps, c.data.packing, c.data.train = np.int64(4), np.bool_(False), [Path("a.jsonl"), {"path": Path("b.jsonl")}]
+    c.mesh = {"data": 1, "fsdp": np.int32(2)}
+    assert (c.optim.lr, c.lora.rank, c.model.path, c.optim.eps) == (1e-4, 8, "base", 1e-6)
+    assert (c.train.steps, c.data.packing, c.data.train) == (4, False, ["a.jsonl", {"path": "b.jsonl"}])
+    assert (c.mesh.data, c.mesh.fsdp, c.mesh.tensor) == (1, 2, 1)
+    assert all(type(value) in (int, float, str, bool) for value in (c.train.steps, c.optim.eps, c.model.path, c.data.packing))
+    check(c)
+    again = c.copy_and_resolve_references()
+    again.optim.lr, again.lora.targets = "2e-4", "q_proj"
+    assert (again.optim.lr, c.optim.lr) == (2e-4, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"optim.lr": 1e-3, "data.train": "a.jsonl", "lora.targets": ["q_proj"], "model.revision": None},
+        {"optim": {"lr": 1e-3}, "data": {"train": "a.jsonl"}, "lora.targets": ("q_proj",)},
+        ("optim.lr=1e-3", "--config.data.train=a.jsonl", "lora.targets=q_proj,"),
+        (item for item in ["optim.lr=1e-3", "data.train=a.jsonl", "lora.targets=q_proj,"]),
+    ],
+)
+def test_overrides_are_a_mapping_or_texts(overrides, tmp_path):
+    (tmp_path / "c.py").write_text(FILE.format("pass"))
+    c = load(tmp_path / "c.py", overrides)
+    assert (c.optim.lr, c.data.train, tuple(c.lora.targets)) == (1e-3, "a.jsonl", ("q_proj",))
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["model.path"], "model.path: needs a key and a value"),
+        ("model.path", "model.path: needs a key and a value"),
+        ("lora=3", "is a group of keys; name one of them, e.g. --config.lora.alpha=VALUE"),
+        ({"optim.lr": []}, "--config.optim.lr=: needs a number"),
+        ({"optim": {"rl": 1}}, "no such key: rl"),
+    ],
+)
+def test_an_override_that_says_nothing_is_refused(overrides, sentence, tmp_path):
+    (tmp_path / "c.py").write_text(FILE.format("pass"))
+    with pytest.raises(UserError) as refused:
+        load(tmp_path / "c.py", overrides)
+    assert sentence in str(refused.value)
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="needs a Python file with get_config"):
+        load(tmp_path / "config.json")
+    with pytest.raises(UserError, match="load_config or"):
+        opened({"task": "sft"})
+    with pytest.raises(UserError, match="has other keys than"):
+        check(ConfigDict({"task": "sft"}))
+
+
+def test_one_key_leaves_the_users_own_names_open():
+    c = default()
+    override(c, "data.max_length", "64")
+    override(c, "seed", "1")
+    c.data.columns.text = "review"
+    check(c)
+
+
+def test_every_key_has_a_comment():
+    lines = Path(config_module.__file__).read_text().splitlines()
+    keys = [(i, line) for i, line in enumerate(lines) if re.match(r"    c\.[\w.]+ = ", line) and "Config()" not in line]
+    assert len(keys) > 120
+    assert not [line for i, line in keys if "#" not in line and "#" not in lines[i - 1][:5]]
+
+
 def test_commas_part_names_but_not_what_is_in_brackets():
     c = default()
-    override(c, "data.train", "a.jsonl,b.jsonl")
+    override(c, "data.train", "a.jsonl, b.jsonl")
     override(c, "data.eval", "c.jsonl,d.jsonl")
     override(c, "freeze.train", "bias")
     override(c, "lora.targets", "(q|k){1,2}_proj,v_proj")

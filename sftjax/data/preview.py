@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sftjax.config import UserError
+from sftjax.config import UserError, opened
 from sftjax.data.classes import Classes
 from sftjax.data.pipeline import build
 from sftjax.data.prompts import Prompts, stream
@@ -30,8 +30,9 @@ BAR = 40  # characters of the histogram's longest bar
 VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥", "\r": "␍"})
 
 
-def preview(config: ConfigDict, console: Console, rows: int = 3) -> None:
+def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -> None:
     """Prints the first `rows` training rows and how all of them fit the config. Raises UserError as training would."""
+    config, console = opened(config), console or Console()
     if not config.model.path:
         raise UserError("model.path is empty: the rows are seen through a model's tokenizer; set --config.model.path=DIR")
     adapter = resolve(config.model.adapter, needs="adapter_config.json") if config.model.adapter else None

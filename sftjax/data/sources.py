@@ -1,17 +1,19 @@
-"""What a config may say under data.train and data.eval: a path, several, or dicts with a weight and a layout of their own."""
+"""What a config may say under data.train and data.eval: a path, several (commas part them too), or dicts with a weight and a
+layout of their own."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sftjax.check import CHOICES
-from sftjax.config import UserError
+from sftjax.check import CHOICES, refuse_rows
+from sftjax.config import UserError, parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +28,17 @@ class Source:
 
 def sources(value: Any) -> list[Source]:
     """The sources that a config value names. Raises UserError."""
-    if value is None or value == "":
-        return []
+    refuse_rows(value)
     if isinstance(value, (list, tuple)):
         return [source for item in value for source in sources(item)]
     if isinstance(value, Source):
         return [value]
-    if isinstance(value, str):
-        return [Source(value)]
-    if not isinstance(value, (dict, ConfigDict)):
-        raise UserError(f"data source {value!r}: needs a path, or a dict with a path")
-    return [_source(dict(value))]
+    if isinstance(value, (dict, ConfigDict)):
+        return [_source(dict(value))]
+    if isinstance(value, (int, float)):
+        raise UserError(f"data source {value}: needs a path, or a dict with a path")
+    text = os.fspath(value or "")
+    return [Source(path) for path in ([text] if os.path.exists(os.path.expanduser(text)) else parts(text))]
 
 
 def _source(given: dict[str, Any]) -> Source:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from sftjax.check import refuse_metrics
-from sftjax.config import UserError
+from sftjax.config import UserError, parts
 from sftjax.data.chat import as_dict
 from sftjax.data.example import RowError
 from sftjax.data.formats import Rejected, fail_on
@@ -36,13 +37,13 @@ AS_GIVEN = "as given"  # the prompt where no file of prompts is
 
 
 def run_compare(
-    models: Sequence[str],
+    models: str | Sequence[str],
     *,
     data: str,
     out: str,
     prompts: str | None = None,
     expected: str | None = None,
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     rows: int | None = None,
     show: int = 5,
     quantize: str | None = None,
@@ -55,11 +56,16 @@ def run_compare(
 ) -> dict[str, Any]:
     """Asks every model every row through every prompt; prints and writes what came of it, and returns compare.json.
 
-    `models` as --model has them (contenders.py), `prompts` a file of variants (prompts.py), `metrics` names of METRICS and
-    CORPUS_SUMS of which the first decides. Raises UserError for what is wrong, before the first answer wherever that can be
-    known.
+    `models` as --model has them (contenders.py), one or several, `prompts` a file of variants (prompts.py), `metrics` names of
+    METRICS and CORPUS_SUMS of which the first decides. Raises UserError for what is wrong, before the first answer wherever
+    that can be known.
     """
-    contenders = parse(models)
+    models = [models] if isinstance(models, (str, Path)) else list(models)
+    for name, value in [*(("models", model) for model in models), ("data", data), ("out", out), ("prompts", prompts or "")]:
+        if not isinstance(value, (str, Path)):
+            raise UserError(f"{name}: needs a path, not a {type(value).__name__}; docs/comparing.md says what lies there")
+    contenders = parse([str(model) for model in models])
+    metrics, data, prompts = parts(metrics), str(data), prompts and str(prompts)
     counts = {"--rows": rows, "--max-new-tokens": options.max_new_tokens}
     of_local = {"--quantize": quantize, "--batch-size": batch_size}
     of_remote = {"--parallel": parallel, "--timeout": timeout}

@@ -20,8 +20,9 @@ from jax import Array
 from sftjax import hosts
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
-from sftjax.data.chat import Chat
+from sftjax.data.chat import Chat, as_dict
 from sftjax.data.classes import Classes
+from sftjax.data.conversation import conversation, named
 from sftjax.data.example import Message, RowError
 from sftjax.data.pack import assemble
 from sftjax.generate.engine import max_length
@@ -39,6 +40,10 @@ def classify(model: Model, texts: Sequence[str], *, batch_size: int = 16) -> tup
     """
     if len(model.config.labels) < 2:
         raise UserError(f"{model.directory}: has no score head of several labels, so it classifies nothing")
+    if isinstance(texts, str):
+        raise UserError("classify: needs several texts, not one; put it in a list")
+    if wrong := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise UserError(f"classify: text {wrong[0][0]} is {named(wrong[0][1])}, must be text")
     chat = Classes(model.tokenizer, model.config.labels)
     try:
         sequences = [chat.text_ids(text)[: max_length(model.config)] for text in texts]
@@ -49,14 +54,29 @@ def classify(model: Model, texts: Sequence[str], *, batch_size: int = 16) -> tup
 
 
 def rewards(model: Model, conversations: Sequence[Sequence[Message | dict[str, Any]]], *, batch_size: int = 16) -> np.ndarray:
-    """[n] float32: the reward of each conversation's last answer, through the model's own template. Raises UserError."""
+    """[n] float32: the reward of the answer that each conversation ends with, through the model's own template.
+
+    Raises UserError.
+    """
     refuse_no_reward(model.directory, model.config.labels)
     chat = Chat(model.tokenizer)
-    try:
-        sequences = [chat.tokenise(chat.render(messages))[0] for messages in conversations]
-    except RowError as e:
-        raise UserError(f"a conversation to score: {e}") from e
+    sequences = [rendered(chat, messages, f"conversations[{i}]") for i, messages in enumerate(conversations)]
     return score(model, sequences, batch_size=batch_size)[:, 0]
+
+
+def rendered(chat: Chat, messages: Sequence[Message | dict[str, Any]], where: str) -> list[int]:
+    """The ids of a conversation that ends with an answer. Raises UserError for one that training would not read either."""
+    try:
+        if not isinstance(messages, (list, tuple)):
+            raise RowError(where, f"is {named(messages)}, must be a list of messages; put one conversation into a list")
+        turns = [as_dict(m) if isinstance(m, Message) else m for m in messages]
+        said = conversation(turns, where, {}, {}, silent=True)
+        if said[-1].role != "assistant":
+            raise RowError(where, "ends with no answer, which the reward would be of")
+        chat.check_roles([as_dict(m) for m in said], None)
+        return chat.tokenise(chat.render(said))[0]
+    except RowError as e:
+        raise UserError(f"rewards: {str(e).partition('; map it')[0]}") from e
 
 
 def refuse_no_reward(of: Any, labels: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sftjax import hosts
+from sftjax.check import check
 from sftjax.join import join
 from sftjax.tasks import classify, dpo, grpo, kto, ppo, pretrain, reward, sft
 from sftjax.train.stop import Stopped
@@ -29,6 +30,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
 
     Where a launcher started several processes (sftjax/join.py), each calls this, and returns the same.
     """
+    check(config)
     join()
     with hosts.together(fine=Stopped):
         return TASKS[config.task](config, workdir, force=force)

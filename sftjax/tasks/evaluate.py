@@ -10,6 +10,7 @@ answers. All of it with intervals, by tag.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as schema
 from sftjax import sharding
-from sftjax.check import check
+from sftjax.check import check, refuse_metrics, refuse_rows
 from sftjax.config import UserError, parts
 from sftjax.data import pipeline
 from sftjax.data.chat import Chat
@@ -35,9 +36,10 @@ from sftjax.evaluate.loss import perplexity, row_losses
 from sftjax.evaluate.metrics import Sums, row_scores
 from sftjax.generate.chat import ends
 from sftjax.generate.engine import Engine, max_length
+from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
 from sftjax.models.decoder import Decoder, forward
-from sftjax.tasks import preferred
+from sftjax.tasks import preferred, scored
 from sftjax.tasks.base import Base
 from sftjax.tasks.export import read_config, refuse_another_base, restore
 from sftjax.tasks.job import check_batch, eval_rows
@@ -72,11 +74,22 @@ class Subject:
     mesh: Mesh
 
 
+def evaluate(
+    workdir: str | Path | None = None, config: ConfigDict | None = None, *, model: str | Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """`evaluate_run` of a run's directory, or `evaluate_model`."""
+    if model is None and workdir is not None:
+        return evaluate_run(workdir, config, **options)
+    if model is not None and workdir is None:
+        return evaluate_model(model, config, **options)
+    raise UserError("evaluate needs the directory of a run, or model= and data=, and not both")
+
+
 def evaluate_run(
     workdir: str | Path,
     config: ConfigDict | None = None,
     *,
-    checkpoint: str = "last",
+    checkpoint: str | int = "last",
     split: str | None = None,
     out: str | Path | None = None,
     say: Say = print,
@@ -88,6 +101,8 @@ def evaluate_run(
     test where the run has such rows. `options` as in `measure`. Returns what eval.json holds. Raises UserError.
     """
     workdir = Path(workdir).expanduser()
+    if split not in (None, "test", "eval"):
+        raise UserError(f"--split={split}: needs test or eval")
     own = read_config(workdir)
     if own.task == "classify" and own.classify.by == "head":
         raise UserError(f"--workdir={workdir}: a classifier by its head, whose held-out figures are in {workdir}/report.html")
@@ -121,18 +136,19 @@ def evaluate_run(
 
 
 def evaluate_model(
-    model: str,
+    model: str | Path,
     config: ConfigDict | None = None,
     *,
-    data: str,
-    adapter: str | None = None,
-    base: str | None = None,
+    data: Any = None,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
     quantize: str | None = None,
     out: str | Path | None = None,
     say: Say = print,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates a model, with an adapter over it where one is given, on all rows of `data`; beside the model `base`, where given.
+    One that ends with a score head is measured as `scored.score_file` says.
 
     `config` says how rows are read and answered (its `data`, `eval`, `seed` and `task`), and the models' `model.dtype` and
     `model.trust_remote_code`; None is the defaults. Nothing is written where `out` is None. `options` as in `measure`. Returns
@@ -140,13 +156,22 @@ def evaluate_model(
     """
     config = config.copy_and_resolve_references() if config is not None else schema.default()
     check(config)
-    config.data.train, config.data.eval, config.data.split = (data,), None, (1,)
-    config.model.path, config.task = model, "pretrain" if config.task == "pretrain" else "sft"
+    refuse_rows(data)
+    if not data:
+        raise UserError("--model needs --data=FILE, the rows that it is measured on")
+    model, data = place_of(model), schema.plain(data)
+    adapter, base = (None if place is None else place_of(place) for place in (adapter, base))
     check_options(config, options)
+    has_scores = bool(scored.head(model, adapter))
+    if has_scores:
+        refuse_asked(adapter or model, {"base": base, **options})
     place = Run(out, option="--out") if out else None
     how = {"quantize": quantize, "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code}
     m = load(model, adapter=adapter, **how)
-    refuse_head(adapter or model, m.config.labels)
+    if has_scores:
+        return scored.score_file(m, data, config, place=place, batch_size=options.get("batch_size", 16), say=say)
+    config.data.train, config.data.eval, config.data.split = (data,), None, (1,)
+    config.model.path, config.task = model, "pretrain" if config.task == "pretrain" else "sft"
     sides = [Side("tuned" if base else "model", m.module, m.params)]
     if base:
         other = load(base, **how)
@@ -157,13 +182,19 @@ def evaluate_model(
     chat = Chat(m.tokenizer, template=template, loss_on=config.data.loss_on)
     limit = min(max_length(side.decoder.config) for side in sides)
     config.data.max_length = min(config.data.max_length, limit)
+    rows = read_rows(config, chat, say)
+    subject = Subject(sides, chat, ends(m.directory, chat), rows, config, sharding.make_mesh(1, 1, 1))
+    of = {"model": model, "adapter": adapter, "base": base, "data": data}
+    return measure(subject, of, place=place, say=say, **options)
+
+
+def read_rows(config: ConfigDict, chat: Chat, say: Say) -> Rows:
+    """All rows of the one source that is config.data.train; `say` is told what became of them."""
     splits = pipeline.build(config, chat, say=lambda _: None)
     report, dropped = splits.report, splits.report["dropped"]
     told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in dropped.items()) or "none"
-    say(f"{data}: {report['read']:,} rows read, {report['kept']:,} kept, dropped: {told}")
-    subject = Subject(sides, chat, ends(m.directory, chat), splits.train, config, sharding.make_mesh(1, 1, 1))
-    of = {"model": model, "adapter": adapter, "base": base, "data": data}
-    return measure(subject, of, place=place, say=say, **options)
+    say(f"{config.data.train[0]}: {report['read']:,} rows read, {report['kept']:,} kept, dropped: {told}")
+    return splits.train
 
 
 def measure(
@@ -171,7 +202,7 @@ def measure(
     of: dict[str, Any],
     *,
     place: Run | None,
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     rows: int | None = None,
     max_new_tokens: int | None = None,
     say: Say = print,
@@ -186,7 +217,7 @@ def measure(
     longest = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
     questions = chosen(subject, ASKED if rows is None else rows)
     metrics = (
-        metrics
+        parts(metrics or ())
         or parts(config.eval.metrics)
         or heldout.suited([q.expected or "" for q in questions], [q.label for q in questions])
     )
@@ -224,10 +255,38 @@ def measure(
     return found
 
 
+def usual() -> dict[str, Any]:
+    """The options of an evaluation that `measure` takes or hands on, with their defaults."""
+    both = [p for of in (measure, Engine.each, choose) for p in inspect.signature(of).parameters.values()]
+    return {p.name: p.default for p in both if p.kind is p.KEYWORD_ONLY and p.name not in ("place", "say", "tokenizer")}
+
+
 def check_options(config: ConfigDict, options: dict[str, Any]) -> None:
     """Raises UserError for options of `measure` that nothing can be measured with: before anything long has begun."""
+    known = usual()
+    if wrong := next((name for name in options if name not in known), None):
+        close = schema.near(wrong, known)
+        raise UserError(f"{wrong}: no such option; " + (f"did you mean {close}?" if close else f"there are {', '.join(known)}"))
     refuse_too_few(options)
-    heldout.refuse_missing(options.get("metrics") or parts(config.eval.metrics))
+    choose(**{name: value for name, value in options.items() if name in inspect.signature(choose).parameters})
+    metrics = parts(options.get("metrics") or ())
+    refuse_metrics(metrics, "--metrics")
+    heldout.refuse_missing(metrics or parts(config.eval.metrics))
+
+
+def refuse_asked(model: str, options: dict[str, Any]) -> None:
+    """Raises UserError for options about answers, which a model with a score head gives none of."""
+    usually = usual() | {"base": None, "batch_size": options.get("batch_size")}
+    if asked := [name for name, value in options.items() if value not in (usually[name], None, (), [])]:
+        flag = "--" + {"stop_strings": "stop"}.get(asked[0], asked[0]).replace("_", "-")
+        raise UserError(f"{flag}: {model} ends with a score head, and has no such choice; leave it out")
+
+
+def place_of(model: Any) -> str:
+    """A directory or hub id as text. Raises UserError for what is none."""
+    if not isinstance(model, (str, Path)):
+        raise UserError(f"--model: needs a directory or a hub id, not a {type(model).__name__}")
+    return str(model)
 
 
 def refuse_too_few(options: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from sftjax import hosts, sharding, tree
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.hf.load import load_params
+from sftjax.hf.model import dtype_name
 from sftjax.hf.peft import save_adapter, unserved
 from sftjax.hf.save import save
 from sftjax.hf.verify import Verified, distance, score, verify
@@ -52,7 +53,7 @@ def export(
     *,
     to: str = "hf",
     out: str | Path,
-    checkpoint: str = "last",
+    checkpoint: str | int = "last",
     base: str | None = None,
     dtype: str | None = None,
     say: Callable[[str], None] = print,
@@ -66,6 +67,7 @@ def export(
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
     refuse_form(to, base, dtype, config)
+    dtype = dtype and dtype_name(dtype)
     start = Base(config, (read_json(workdir / "manifest.json") or {}).get("labels", ()))
     refuse_another_base(workdir, start)
     own_padding = start.chat.tokenizer.pad_token_id if start.labels else None
@@ -249,7 +251,7 @@ def read_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def restore(workdir: Path, params: Any, mask: Any, checkpoint: str, say: Callable[[str], None]) -> tuple[Any, int]:
+def restore(workdir: Path, params: Any, mask: Any, checkpoint: str | int, say: Callable[[str], None]) -> tuple[Any, int]:
     """`params` with a checkpoint's trainable part in place; what the optimiser held is not read."""
     trainable, frozen = tree.split(params, mask)
     like = init_state(trainable, optax.identity())
@@ -260,8 +262,9 @@ def restore(workdir: Path, params: Any, mask: Any, checkpoint: str, say: Callabl
     return tree.join(got.state.trainable, frozen), got.step
 
 
-def chosen(checkpoints: Checkpoints, checkpoint: str) -> int | None:
+def chosen(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
     """The step that `checkpoint` names; None for the last."""
+    checkpoint = str(checkpoint)
     steps = checkpoints.steps()
     if checkpoint == "last" or not steps:
         return None

@@ -23,7 +23,9 @@ from sftjax.evaluate.calibration import calibration, calibration_sums
 from sftjax.evaluate.figures import Part, by_tag
 from sftjax.evaluate.metrics import Sums, label_sums, mean, ratio
 from sftjax.evaluate.sequences import classify, refuse_no_reward, score
+from sftjax.hf.load import load_config, resolve
 from sftjax.hf.model import Model
+from sftjax.hf.peft import adapter_labels
 from sftjax.train.run import Run
 
 KEYS = (  # of the config, that say something of such an evaluation
@@ -32,6 +34,12 @@ KEYS = (  # of the config, that say something of such an evaluation
 )
 Say = Callable[[str], None]
 Found = tuple[dict[str, Any], dict[str, Sums], list[dict[str, Any]]]  # figures of all rows, Sums by row, a line a row
+
+
+def head(model: str, adapter: str | None = None) -> tuple[str, ...]:
+    """What the numbers of the score head mean that a checkpoint, or an adapter over it, ends with; () where there is none."""
+    own = load_config(resolve(model)).labels
+    return own or (tuple(adapter_labels(resolve(adapter, needs="adapter_config.json"))) if adapter else ())
 
 
 def score_file(

@@ -26,7 +26,7 @@ from sftjax.weights.targets import ENDS, match, module_name, pattern
 
 def lora(
     params: Any,
-    key: Array,
+    key: Array | int,
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
@@ -39,6 +39,7 @@ def lora(
 ) -> Any:
     """Puts a LowRank in place of each target kernel. Raises UserError where a target matches nothing.
 
+    key            of the random parts, or a whole number as its seed
     targets        as `weights.targets.match` reads them
     rslora         scale alpha / sqrt(rank) in place of alpha / rank, arXiv:2312.03732
     dora           trains the columns' magnitudes beside their directions
@@ -48,6 +49,7 @@ def lora(
 
     The new parts are float32.
     """
+    key = key if isinstance(key, Array) else jax.random.key(key)
     chosen = match(params, targets)
     if ends := [module_name(path) for path in ENDS if path in chosen]:
         if dropout:  # losses apply the head block by block and the embedding is a lookup, both without a key

@@ -1,6 +1,7 @@
 """Every format becomes the same few Examples, and every row is checked: what is wrong is told by file, line and field."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -292,6 +293,28 @@ def test_sources_of_every_kind_of_spec(load, tmp_path):
     label, text = load(spec=(csv, {"path": str(tmp_path / "b.jsonl"), "format": "text"}))
     assert (label.label, label.source, text.text) == ("1", str(tmp_path / "a.csv"), "plain")
     assert [(s.path, s.weight) for s in sources(("x", [csv], None))] == [("x", 1.0), (str(tmp_path / "a.csv"), 2.0)]
+
+
+def test_commas_part_sources_unless_a_file_is_called_so(tmp_path):
+    one, other = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    for given in (f"{one},{other}", f"{one}, {other}", [Path(one), Path(other)]):
+        assert [s.path for s in sources(given)] == [one, other]
+    both = tmp_path / "a, b.jsonl"
+    both.write_text("")
+    assert [s.path for s in sources(str(both))] == [str(both)]
+
+
+def test_rows_in_memory_are_told_how_to_become_a_file():
+    class Dataset:
+        """As that of datasets, by its name."""
+
+    for given, call in (
+        ([{"instruction": "a", "output": "b"}], "json.dumps"),
+        (Dataset(), "dataset.to_json"),
+        (iter([]), "json"),
+    ):
+        with pytest.raises(UserError, match=rf"rows in memory .* are not read; write them to a file, .*{call}"):
+            sources(given)
 
 
 @pytest.mark.parametrize(

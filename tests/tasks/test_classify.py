@@ -154,7 +154,7 @@ def test_a_file_is_evaluated_with_intervals_and_what_a_head_has_no_use_for_is_re
         "--temperature=0.5": "--temperature: ",
         "--stop=x": "--stop: ",
         "--seed=1": "--seed: ",
-        "--config.data.max_length=64": "--config.data.max_length=64: means nothing with --model",
+        "--config.data.max_length=64": "--config.data.max_length=64: has no effect with --model",
         "--config.data.template=chatml": "--config.data.template=chatml: a classifier reads its texts without one",
         "--batch-size=0": "--batch-size=0: needs at least 1",
         f"--out={tmp_path / 'file'}": f"--out={tmp_path / 'file'}: cannot be made or written",

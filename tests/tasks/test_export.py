@@ -326,6 +326,8 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(lora_run, tmp_pa
         ({"to": "sftjax"}, "--to=sftjax: the run trained by method full, which makes no adapter; use --to=hf"),
         ({"to": "gguf"}, "--to=gguf: needs one of hf, peft, sftjax, vllm"),
         ({"checkpoint": "newest"}, "--checkpoint=newest: needs last, best or one of 4"),
+        ({"checkpoint": 3}, "--checkpoint=3: needs last, best or one of 4"),
+        ({"dtype": "bf16"}, "dtype=bf16: needs one of float32, bfloat16, float16; did you mean bfloat16?"),
         ({"base": "original"}, "--base=original: the run's base was not quantised (model.quantize); leave --base out"),
         ({"base": "bf16"}, "--base=bf16: needs dequantised or original"),
     ],
