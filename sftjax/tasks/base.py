@@ -64,6 +64,8 @@ class Base:
         has, task = self.source_config.labels, self.config.task
         wants = self.chat.labels if isinstance(self.chat, Classes) else (has or REWARD) if task == "reward" else ()
         check_head(self.directory, has, wants, task)
+        if self.adapter and (brought := adapter_labels(self.adapter)):
+            check_head(self.adapter, brought, wants, task)
         return wants
 
     def headed(self, params: Any) -> tuple[Any, DecoderConfig]:

@@ -250,6 +250,9 @@ def test_a_head_is_for_the_task_it_was_made_for(run, world, toy, tmp_path):
     export(run[0], to="hf", out=tmp_path / "out")
     with pytest.raises(UserError, match=r"ends with a score head of 2 numbers .* trains one over the vocabulary"):
         tasks.train(toy.config(**{"model.path": str(tmp_path / "out")}), tmp_path / "run")
+    export(run[0], to="peft", out=tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapter: ends with a score head of 2 numbers .* trains one over the vocabulary"):
+        tasks.train(toy.config(**{"model.adapter": str(tmp_path / "adapter")}), tmp_path / "run")
     with pytest.raises(UserError, match="generates no text"):
         open_engine(str(tmp_path / "out"))
     more = worlds.write_rows(tmp_path / "more.jsonl", label(["a"], "fruit") + label(["b"], "tool") + label(["c"], "toy"))
