@@ -82,9 +82,15 @@ def new_file(out: str, *, force: bool) -> Path:
 
 @contextmanager
 def whole(target: Path) -> Iterator[TextIO]:
-    """A file to write, which is at `target` when the block ends well and nowhere when it does not. Raises UserError."""
+    """A file to write, which is at `target` when the block ends well and nowhere when it does not. What is no file, such as a
+    pipe, is written as it comes. Raises UserError."""
+    target = target.resolve()
     part = target.with_name(f".{target.name}.part")
     try:
+        if target.exists() and not target.is_file():
+            with target.open("w", encoding="utf-8") as file:
+                yield file
+            return
         with part.open("w", encoding="utf-8") as file:
             yield file
         os.replace(part, target)

@@ -97,6 +97,7 @@ class Endpoint:
             return
         first = min(range(len(asks)), key=lambda i: sum(len(str(m.content)) for m in asks[i][0]))
         yield first, self.ask(*asks[first])
+        over = self.over = threading.Event()
         rest: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(len(asks)):
             if i != first:
@@ -104,7 +105,7 @@ class Endpoint:
         replies: queue.SimpleQueue[tuple[int, Reply | Exception]] = queue.SimpleQueue()
 
         def work() -> None:
-            while not self.over.is_set():
+            while not over.is_set():
                 try:
                     i = rest.get_nowait()
                 except queue.Empty:
@@ -123,7 +124,7 @@ class Endpoint:
                     raise reply
                 yield i, reply
         except BaseException:
-            self.over.set()
+            over.set()
             raise
 
     def ask(self, messages: Sequence[Message], tools: Any = None) -> Reply:

@@ -33,7 +33,7 @@ from sftjax.evaluate import rouge_bleu
 from sftjax.evaluate.classes import macro_f1
 from sftjax.evaluate.script import HAN
 
-NUMBER = re.compile(r"((?<![\w)])[-−+])?[$€£¥￥]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<!\w)(?=\.\d))(\.\d+)?")
+NUMBER = re.compile(r"((?<![\w)])[-−+])?[$€£¥￥]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))(\.\d+)?")
 ARTICLES = {"a", "an", "the"}
 
 

@@ -72,6 +72,16 @@ def saved_modules(directory: str | Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(module_name(f"{node_of(name)[0]}/kernel") for name in saved))
 
 
+def base_of(adapter: Path) -> str:
+    """What an adapter says it was trained over. Raises UserError."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UserError(
+            f"{adapter}/adapter_config.json: names no base_model_name_or_path to put the adapter over; write it there"
+        )
+    return str(name)
+
+
 def adapter_labels(directory: str | Path) -> tuple[str, ...]:
     """What the numbers of the score head mean that an adapter brings; () where it brings none."""
     directory = Path(directory)

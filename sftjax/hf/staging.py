@@ -34,7 +34,8 @@ def staged(out: str | Path, source: str | Path) -> Iterator[Path]:
         (tmp / MARK).write_text(json.dumps({"sftjax": version("sftjax"), "source": str(source)}) + "\n")
         _swap(tmp, out)
     except OSError as e:
-        why = "no space left on the disk" if e.errno == errno.ENOSPC else f"cannot be written ({e.strerror or e})"
+        place = f", {e.filename}" if e.filename and not Path(e.filename).is_relative_to(tmp) else ""
+        why = "no space left on the disk" if e.errno == errno.ENOSPC else f"cannot be made ({e.strerror or e}{place})"
         raise UserError(f"{out}: {why}; nothing was changed there") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -44,5 +45,10 @@ def _swap(tmp: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         out.rename(old)
-    tmp.rename(out)
+    try:
+        tmp.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

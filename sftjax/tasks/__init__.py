@@ -11,6 +11,7 @@ from sftjax import hosts
 from sftjax.check import check
 from sftjax.join import join
 from sftjax.tasks import classify, dpo, grpo, kto, ppo, pretrain, reward, sft
+from sftjax.train.run import unlock
 from sftjax.train.stop import Stopped
 
 TASKS = {
@@ -33,4 +34,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     check(config)
     join()
     with hosts.together(fine=Stopped):
-        return TASKS[config.task](config, workdir, force=force)
+        try:
+            return TASKS[config.task](config, workdir, force=force)
+        finally:
+            unlock(workdir)

@@ -30,9 +30,10 @@ from sftjax.data.tokenizer import open_tokenizer
 from sftjax.evaluate import sequences
 from sftjax.generate.engine import max_length
 from sftjax.generate.shapes import between
-from sftjax.hf.load import load_config, read_json, resolve
+from sftjax.hf.load import load_config, resolve
 from sftjax.hf.model import Model, load
 from sftjax.hf.peft import load_adapter, with_head
+from sftjax.hf.peft_read import base_of
 from sftjax.losses.tokens import Forward
 from sftjax.models.decoder import Decoder, forward
 from sftjax.models.heads import scored, segment_scores
@@ -165,16 +166,6 @@ def add_value(job: Job, judge: Judge | None) -> Forward:
     job.trainable, job.frozen = job.trainable | {"value": trainable}, job.frozen | {"value": frozen}
     run = forward(decoder)
     return lambda params, batch, key=None: run(params["value"], batch, key)
-
-
-def base_of(adapter: Path) -> str:
-    """What an adapter says it was trained over. Raises UserError."""
-    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
-        raise UserError(
-            f"{adapter}/adapter_config.json: names no base_model_name_or_path to put the adapter over; write it there"
-        )
-    return str(name)
 
 
 def closing(chat: Chat) -> tuple[list[int], list[int]]:

@@ -34,6 +34,7 @@ from sftjax.data.chat import as_dict
 from sftjax.evaluate.heldout import Question
 from sftjax.evaluate.metrics import METRICS as SCORES
 from sftjax.hf.load import resolve
+from sftjax.hf.peft_read import base_of
 from sftjax.train.manifest import hash_weights
 
 KNOWN = tuple(name for name in METRICS if name in SCORES)
@@ -109,7 +110,9 @@ def fingerprint(specs: Any) -> str:
             digest.update(Path(kind).read_bytes())
         if kind == "model":
             adapter = Path(rest).expanduser()
-            digest.update(hash_weights(adapter if (adapter / "adapter_config.json").is_file() else resolve(rest)).encode())
+            beside = (adapter / "adapter_config.json").is_file()
+            for directory in (adapter, resolve(base_of(adapter))) if beside else (resolve(rest),):
+                digest.update(hash_weights(directory).encode())
     return digest.hexdigest()
 
 

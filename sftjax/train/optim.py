@@ -33,10 +33,9 @@ def schedule(c: ConfigDict, steps: int) -> optax.Schedule:
         case "constant":
             after = optax.constant_schedule(c.lr)
         case "wsd":  # warm-up, stable, decay: arXiv:2404.06395
-            decay = min(max(1, round(c.decay * steps)), rest)
-            after = optax.join_schedules(
-                [optax.constant_schedule(c.lr), optax.linear_schedule(c.lr, end, decay)], [max(rest - decay - 1, 0)]
-            )
+            begin = max(rest - 1 - max(1, round(c.decay * steps)), 0)
+            falls = optax.linear_schedule(c.lr, end, max(rest - 1 - begin, 1))
+            after = optax.join_schedules([optax.constant_schedule(c.lr), falls], [begin])
     # the first step already moves: a warm-up of n steps takes lr / n, 2 lr / n, ...
     return optax.join_schedules([optax.linear_schedule(c.lr / max(warmup, 1), c.lr, max(warmup - 1, 1)), after], [warmup])
 

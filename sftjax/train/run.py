@@ -29,6 +29,15 @@ from ml_collections import ConfigDict
 from sftjax.config import UserError
 from sftjax.train import tensorboard
 
+# A lock is the process's: it is gone as soon as any descriptor of its file is closed, so there is one, whatever runs there are.
+LOCKS: dict[Path, int] = {}
+
+
+def unlock(workdir: str | os.PathLike[str]) -> None:
+    """Lets other processes train in this directory."""
+    if (fd := LOCKS.pop((Path(workdir).expanduser() / ".lock").resolve(), None)) is not None:
+        os.close(fd)
+
 
 class Run:
     """`with Run("runs/mine") as run: run.resume_from(0); run.log(10, {"loss": 1.3})`.
@@ -72,16 +81,23 @@ class Run:
         self.close()
 
     def lock(self) -> None:
-        """Keeps other processes from this directory until this one ends. Raises UserError where one has it."""
-        if not self.writer:
+        """Keeps other processes from this directory until `unlock`, or this one's end. Raises UserError where one has it."""
+        path = (self.workdir / ".lock").resolve()
+        if not self.writer or path in LOCKS:
             return
-        self.held = (self.workdir / ".lock").open("w")  # closed, it would be free
         try:
-            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be opened ({e.strerror}); choose another --workdir, or delete it") from e
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
-            raise UserError(f"{self.workdir}: another process is training here; wait for it, or choose another directory") from e
+            os.close(fd)
+            raise UserError(f"{self.workdir}: another process is training here; wait for it, or choose another --workdir") from e
         except OSError:
-            pass  # a file system without locks
+            os.close(fd)  # a file system without locks
+        else:
+            LOCKS[path] = fd
 
     @property
     def checkpoints(self) -> Path:

@@ -62,6 +62,7 @@ def test_every_name_of_the_config_is_a_metric():
         ("about .5", 0.5),
         ("-$.75", -0.75),
         ("see section.2", 2),
+        ("so it is...42", 42),
         ("nothing", None),
         ("", None),
     ],

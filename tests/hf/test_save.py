@@ -162,7 +162,7 @@ def test_only_our_own_exports_are_replaced(checkpoint, tmp_path):
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(UserError, match="exists and is not an export of sftjax"):
         save(params, config, source=source, out=tmp_path / "mine")
-    with pytest.raises(UserError, match=r"thesis.txt/out: cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"thesis.txt/out: cannot be made \(Not a directory\)"):
         save(params, config, source=source, out=tmp_path / "mine" / "thesis.txt" / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]  # no temporary directory is left
 

@@ -16,11 +16,12 @@ from sftjax import tasks, tree
 from sftjax.config import UserError
 from sftjax.evaluate.heldout import Question, question
 from sftjax.evaluate.sequences import score
+from sftjax.hf.peft_read import base_of
 from sftjax.losses import ppo
 from sftjax.losses.policy import action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.models.decoder import Output
-from sftjax.tasks.critics import Apart, Judge, add_value, base_of
+from sftjax.tasks.critics import Apart, Judge, add_value
 from sftjax.tasks.export import export
 from sftjax.tasks.job import Job
 from sftjax.tasks.ppo import iteration
@@ -269,7 +270,7 @@ def test_after_a_mistake_the_directory_is_there_for_what_was_meant(toy, world, t
     wrong, meant = world(**{"ppo.rewards": f"model:{toy.base}"}), world()
     with pytest.raises(UserError, match="score head"):
         tasks.train(wrong, tmp_path / "run")
-    Job(meant, tmp_path / "run")
+    Job(meant, tmp_path / "run").write_what_it_is()
     (tmp_path / "run" / "metrics.jsonl").touch()  # and it began
     with pytest.raises(UserError, match="holds a run of something else"):
         Job(wrong, tmp_path / "run")

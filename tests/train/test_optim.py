@@ -47,7 +47,8 @@ def test_wsd_is_flat_and_then_falls_in_its_share():
     lr = curve(40, schedule="wsd", warmup=4, decay=0.25)
     np.testing.assert_allclose(lr[4:30], LR, rtol=1e-5)
     np.testing.assert_allclose(lr[29:40], LR * np.linspace(1, 0, 11), atol=1e-7)
-    assert curve(10, schedule="wsd", warmup=0, decay=0.1)[9] == 0  # a decay of one step too
+    for warmup, decay in ((0, 0.1), (0, 1.0), (1, 0.9), (5, 0.9)):  # of one step, and of all that there are
+        assert curve(10, schedule="wsd", warmup=warmup, decay=decay)[9] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", CHOICES["optim.schedule"])

@@ -1,6 +1,7 @@
 """Run: metrics survive kill -9 at any byte, files are whole or absent, JSON is always valid."""
 
 import errno
+import gc
 import json
 import math
 import os
@@ -220,11 +221,11 @@ def test_importing_run_initialises_no_jax():
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
-    run = Run(tmp_path, writer=True)
     other = [sys.executable, "-c", f"from sftjax.train.run import Run; Run({str(tmp_path)!r}, writer=True).lock(); print('in')"]
-    run.lock()
+    Run(tmp_path, writer=True).lock()
+    Run(tmp_path, writer=True).lock()  # a notebook that starts again is the same process
+    gc.collect()
     refused = subprocess.run(other, capture_output=True, text=True)
     assert "another process is training here" in refused.stderr and not refused.stdout
-    Run(tmp_path, writer=True).lock()  # a notebook that starts again is the same process
-    run.held.close()  # as when the process ends
+    run_module.unlock(tmp_path)
     assert subprocess.run(other, capture_output=True, text=True).stdout == "in\n"
