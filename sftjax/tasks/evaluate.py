@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from sftjax import config as schema
 from sftjax import sharding
-from sftjax.check import check, refuse_metrics, refuse_rows
+from sftjax.check import ROLLOUTS, check, refuse_metrics, refuse_rows
 from sftjax.config import UserError, parts
 from sftjax.data import pipeline
 from sftjax.data.chat import Chat
@@ -49,7 +49,7 @@ from sftjax.train.run import Run, clean, read_json
 from sftjax.weights import select
 
 ASKED = 200  # rows that are answered, unless another number is asked for
-TASKS = ("sft", "classify", "pretrain", *preferred.TASKS)  # whose model says how likely answers, or texts, are
+TASKS = ("sft", "classify", "pretrain", *preferred.TASKS, *ROLLOUTS)
 Say = Callable[[str], None]
 
 
@@ -108,8 +108,8 @@ def evaluate_run(
         raise UserError(f"--workdir={workdir}: a classifier by its head, whose held-out figures are in {workdir}/report.html")
     if own.task not in TASKS:
         raise UserError(
-            f"--workdir={workdir}: a run of task {own.task}, whose held-out figures are in {workdir}/report.html; "
-            "where it generates, export it and see how it answers with --model and --data"
+            f"--workdir={workdir}: a run of task {own.task}, whose held-out figures are in {workdir}/report.html; export it and "
+            "use --model with --data for those of other rows"
         )
     config = own if config is None else config
     check(config)
@@ -211,11 +211,13 @@ def measure(
     """What eval.json holds of `subject`; writes it and predictions.jsonl to `place`, where one is given.
 
     `metrics`: () is config.eval.metrics, else those that suit the rows. `rows`: how many are answered, 0 for none.
-    `max_new_tokens`: None is config.eval.max_new_tokens. `sampling` as in Engine.each.
+    `max_new_tokens`: None is the config's. `sampling` as in Engine.each.
     """
     config, names = subject.config, [side.name for side in subject.sides]
-    longest = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
+    longest = usual_length(config) if max_new_tokens is None else max_new_tokens
     questions = chosen(subject, ASKED if rows is None else rows)
+    if config.task in ROLLOUTS and not questions:
+        raise UserError("no held-out row says what is expected of its answer, so there is nothing to measure answers by")
     metrics = (
         parts(metrics or ())
         or parts(config.eval.metrics)
@@ -232,7 +234,7 @@ def measure(
                     heldout.answers(engine, questions, tokenizer=subject.chat.tokenizer, max_new_tokens=longest, **sampling)
                 )
     tags = [subject.rows.example(i).tags for i in range(len(subject.rows))]
-    whole = [Part(tags, likely)]
+    whole = [Part(tags, likely)] if likely else []
     if questions:
         each = [heldout.sums(a, metrics) for a in answers]
         whole.append(Part([q.tags for q in questions], {name: [one[name] for one in each] for name in each[0]}))
@@ -253,6 +255,11 @@ def measure(
         place.write_lines("predictions.jsonl", predictions(questions, names, answers, metrics))
         place.write_json("eval.json", found)
     return found
+
+
+def usual_length(config: ConfigDict) -> int:
+    """The most tokens of an answer, where none are asked for."""
+    return config[config.task].max_completion_length if config.task in ROLLOUTS else config.eval.max_new_tokens
 
 
 def usual() -> dict[str, Any]:
@@ -307,6 +314,8 @@ def chosen(subject: Subject, most: int) -> list[heldout.Question]:
 def likelihoods(subject: Subject) -> dict[str, list[Sums]]:
     """The loss of all rows by each side, and what belongs to it: perplexity, or rewards and log-probs of a preference."""
     c, rows, mesh = subject.config, subject.rows, subject.mesh
+    if c.task in ROLLOUTS:
+        return {}  # whose rows are prompts
     if c.task in preferred.TASKS:
         return preferred.figures(forward(subject.sides[0].decoder), [side.params for side in subject.sides], rows, c, mesh)
     shared: dict[str, Any] = {"batch_size": eval_rows(c), "max_length": c.data.max_length, "mesh": mesh}

@@ -304,10 +304,11 @@ def evaluation(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
         }
 
     first = [name for name in (*found["metrics"][:1], "loss") if name in whole["figures"]]
-    of = found["of"]
+    of, losses = found["of"], {"loss", "margin"} & whole["figures"].keys()
+    measured = [f"the loss of {found['rows']:,}"] * bool(losses) + [f"the answers of {found['answered']:,}"]
     changed = found.get("changed", {})
     return {
-        "what": f"Step {of['step']}, {of['split']} rows: the loss of {found['rows']:,}, the answers of {found['answered']:,}.",
+        "what": f"Step {of['step']}, {of['split']} rows: {', '.join(measured)}.",
         "intervals": found["intervals"],
         "how": [f"{table.name_of(name)}: {how}" for name, how in found["how"].items()],
         "models": models,

@@ -154,7 +154,7 @@ def test_what_would_measure_something_else_is_refused(toy, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, why", [({"task": "grpo"}, "a run of task grpo"), ({"classify.by": "head"}, "a classifier by its head")]
+    "changes, why", [({"task": "reward"}, "a run of task reward"), ({"classify.by": "head"}, "a classifier by its head")]
 )
 def test_a_run_that_generates_nothing_or_learns_otherwise_is_told(tmp_path, changes, why):
     config = default()

@@ -21,6 +21,7 @@ from sftjax.generate.engine import Engine
 from sftjax.losses.policy import action_logps, grpo, logps_and_entropy
 from sftjax.models.decoder import Output
 from sftjax.tasks import rollouts
+from sftjax.tasks.evaluate import evaluate
 from sftjax.tasks.grpo import experience
 from sftjax.tasks.job import Job
 from sftjax.tasks.rewards import Answered, Rewards
@@ -383,6 +384,24 @@ def test_another_reward_function_under_the_same_name_is_another_run(world, tmp_p
         file.write("vowels = lambda completions: [0.0 for _ in completions]\n")
     with pytest.raises(UserError, match="rewards: contents changed"):
         tasks.train(config, tmp_path / "run")
+
+
+def test_evaluating_a_run_says_what_training_said_of_its_test_rows(world, tmp_path):
+    """Of rows that expect what the model says before training."""
+    rows = [json.loads(line) for line in (world.root / "prompts.jsonl").read_text().splitlines()]
+    settings = {"grpo.rewards": "exact_match", "train.steps": 2, "data.split": (6, 2, 2)}
+    tasks.train(world(**settings), tmp_path / "first")
+    evaluate(tmp_path / "first")
+    said = [json.loads(line) for line in (tmp_path / "first" / "eval" / "predictions.jsonl").read_text().splitlines()]
+    expected = {one["prompt"]: one["base"] for one in said}
+    data = worlds.write_rows(tmp_path / "more.jsonl", [row | {"answer": expected.get(row["prompt"], "x")} for row in rows])
+    summary = tasks.train(world(**settings, **{"data.train": (str(data),)}), tmp_path / "run")
+    found = evaluate(tmp_path / "run")
+    figures = found["figures"][0]["figures"]
+    assert found["answered"] == found["rows"] == len(said) and {"loss", "perplexity"}.isdisjoint(figures)
+    assert figures["exact_match"]["base"]["value"] == 1 > figures["exact_match"]["tuned"]["value"]
+    assert figures["exact_match"]["tuned"]["value"] == pytest.approx(summary["test_reward"])
+    assert f"test rows: the answers of {found['rows']}." in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_samples_have_what_was_said_before_and_after(run):

@@ -22,6 +22,7 @@ from sftjax.losses.policy import action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.models.decoder import Output
 from sftjax.tasks.critics import Apart, Judge, add_value
+from sftjax.tasks.evaluate import evaluate
 from sftjax.tasks.export import export
 from sftjax.tasks.job import Job
 from sftjax.tasks.ppo import iteration
@@ -222,6 +223,12 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(run, world, tmp_path):
         export(place, to="peft", out=tmp_path / f"of_{place.name}")
     one, other = (tmp_path / f"of_{place.name}" / "adapter_model.safetensors" for place in (workdir, again))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_policy_alone_is_evaluated(run, tmp_path):
+    found = evaluate(run[0], out=tmp_path / "out")
+    assert found["of"]["step"] == STEPS and found["models"] == ["base", "tuned"] and found["answered"] == found["rows"] > 0
+    assert {"exact_match", "stop_rate"} <= found["figures"][0]["figures"].keys()
 
 
 def test_the_policy_alone_is_exported(run, toy, tmp_path):
