@@ -39,7 +39,8 @@ from sftjax.tasks import reward as reward_task
 from sftjax.tasks import sft as sft_task
 from sftjax.tasks.base import REWARD, check_head
 from sftjax.tasks.reference import precomputed, reference
-from sftjax.train import loop, optim
+from sftjax.train import optim
+from sftjax.train.places import homes
 from sftjax.train.step import State, init_state, make_step
 from sftjax.weights import method
 from sftjax.weights.lora import rates
@@ -265,7 +266,7 @@ def placed(job: Dry, mesh: Mesh | AbstractMesh) -> tuple[State, Any, Batch]:
         return jax.tree.map(lambda x, home: None if x is None else home, part, everywhere, is_leaf=lambda x: x is None)
 
     trainable = jax.tree.map(put, job.trainable, homes_of(job.trainable))
-    homes = loop.homes(job.state, trainable, mesh, offload=job.config.optim.offload)
-    state: State = jax.tree.map(put, job.state, homes)
+    where = homes(job.state, trainable, mesh, offload=job.config.optim.offload)
+    state: State = jax.tree.map(put, job.state, where)
     frozen = jax.tree.map(put, job.frozen, homes_of(job.frozen))
     return state, frozen, jax.tree.map(lambda x: put(x, sharding.batch_sharding(mesh)), job.batch)

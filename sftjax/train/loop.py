@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
@@ -30,6 +29,7 @@ from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.evaluation import report, told
 from sftjax.train.meter import WARM, Meter, Tally
+from sftjax.train.places import freed, place
 from sftjax.train.progress import Progress
 from sftjax.train.run import Run
 from sftjax.train.step import State, Step, init_state
@@ -182,28 +182,3 @@ def lower(step: Step, state: State, frozen: Any, batch: Any) -> Lowered:
     """The compiler's input: the step for arrays like these, its state donated and the new one where the old one is."""
     same = jax.tree.map(lambda x: x.sharding, state)  # where XLA would put the new state, the next step may refuse
     return jax.jit(step, donate_argnums=0, out_shardings=(same, None)).lower(state, frozen, batch)
-
-
-def freed(state: State) -> State:
-    """Shapes and places of `state`, whose memory makes room for what is restored."""
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)
-    return like
-
-
-def place(state: State, trainable: Any, mesh: Mesh, *, offload: bool = False) -> State:
-    return jax.device_put(state, homes(state, trainable, mesh, offload=offload))
-
-
-def homes(state: State, trainable: Any, mesh: Mesh | AbstractMesh, *, offload: bool = False) -> Any:
-    """Where each array of `state` lies: the optimiser's moments where their parameters lie, or with `offload` in its host; all
-    else on every device."""
-    known = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
-
-    def home(path: Any, x: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        like = next((p for p_name, p in known.items() if name.endswith(p_name) and p.shape == x.shape), None)
-        place = NamedSharding(mesh, P()) if like is None else like.sharding
-        return optim.host(x, place) if offload and name.startswith(".opt_state") else place
-
-    return jax.tree_util.tree_map_with_path(home, state)
