@@ -49,7 +49,7 @@ def test_a_part_is_restored_without_the_rest(tmp_path):
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restored = checkpoints.restore(part, part=True)
         assert says(restored) == 1 and jax.tree.structure(restored.state) == jax.tree.structure(part)
-        with pytest.raises(UserError, match="none of its checkpoints can be read"):
+        with pytest.raises(UserError, match=r"of big it holds \[40, 30\] where this config makes nothing"):
             checkpoints.restore(part)
 
 
@@ -58,7 +58,7 @@ def test_a_part_is_restored_without_the_rest(tmp_path):
 )
 def test_what_was_not_saved_is_not_restored(tmp_path, other):
     write(tmp_path, 1)
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="none of its checkpoints can be read"):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="where this config makes"):
         checkpoints.restore(state(0) | other)
 
 
@@ -90,7 +90,7 @@ def test_whatever_file_is_damaged_what_is_restored_was_saved(tmp_path, damage):
 
 def test_a_state_of_another_shape_is_not_restored(tmp_path):
     write(tmp_path, 1)
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="none of its checkpoints can be read"):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="where this config makes"):
         checkpoints.restore(state(0) | {"big": jnp.zeros((40, 31))})
     assert on_disk(tmp_path) == [1]
 
