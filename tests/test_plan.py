@@ -8,7 +8,7 @@ import golden_plan
 import jax
 import jax.numpy as jnp
 import pytest
-from toy import write_rows
+from toy import CHATML, write_rows
 
 from sftjax import cli, tree
 from sftjax.config import UserError, override
@@ -434,6 +434,17 @@ def test_without_a_topology_every_kind_of_chip_has_a_line(tmp_path):
     out = report.plan(c, say=said.append)
     assert {chip["chip"] for chip in out["chips"]} <= set(CHIPS) and all(chip["chip"] in "\n".join(said) for chip in out["chips"])
     assert any(line.startswith("the data was not read (") for line in said)
+
+
+def test_rows_are_read_through_an_adapters_own_template(toy, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    longer = CHATML.replace("{{ m.content }}", "{{ m.content }}, my friend")
+    (tmp_path / "chat_template.jinja").write_text(longer)
+    whole, adapted = (
+        report.read_rows(toy.config(**{"data.packing": False, "data.max_length": 128, "model.adapter": a}))
+        for a in (None, str(tmp_path))
+    )
+    assert not adapted.why and adapted.fullness > whole.fullness
 
 
 def test_columns_of_any_width_stand_apart(tmp_path, monkeypatch):
