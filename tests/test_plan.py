@@ -263,6 +263,7 @@ def test_the_planned_step_of_a_policy_is_the_tasks(toy, tmp_path, monkeypatch):
 
 def test_the_answers_of_a_step_are_planned_as_they_are_made(toy, tmp_path):
     from sftjax.generate.engine import Engine
+    from sftjax.generate.sampling import Sampling
     from sftjax.models.decoder import Decoder, init
 
     c = toy.config(**{"mesh.data": 1, "data.template": "chatml", "model.dtype": "float32"} | GRPO)
@@ -270,8 +271,9 @@ def test_the_answers_of_a_step_are_planned_as_they_are_made(toy, tmp_path):
     rollout = memory.Estimator(job, mesh_sizes(c, 1)).rollout
     decoder = job.decoder.config
     engine = Engine(Decoder(decoder), init(decoder, jax.random.key(0)))
-    flight = engine._flight(job.rows, rollout.longest, 0, 0, {})
-    flight.join(range(job.rows), [[1] * (job.length - rollout.longest)] * job.rows)
+    flight = engine.flight(job.rows, Sampling(), 0)
+    prompt = [1] * (job.length - rollout.longest)
+    flight.join([engine.row(prompt, rollout.longest, i, seed=0) for i in range(job.rows)])
     while len(flight.free) < job.rows:
         flight.next()
     assert rollout.slots == flight.B

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from sftjax import tree
 from sftjax.config import UserError
 from sftjax.generate.apart import take_apart
-from sftjax.generate.flight import CHUNK, Flight, batch_shards
-from sftjax.generate.sampling import choose
+from sftjax.generate.flight import CHUNK, Flight, Row, batch_shards
+from sftjax.generate.sampling import Sampling, choose
 from sftjax.generate.score import Scored, score_batch
 from sftjax.generate.text import Writer
 from sftjax.models.config import DecoderConfig
@@ -101,8 +101,8 @@ class Engine:
             raise UserError("stop strings need a tokenizer to be found with")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: needs at least 1")
-        self.check(prompts, max_new_tokens)
-        flight = self._flight(min(batch_size, len(prompts)), max_new_tokens, seed, draft_tokens, sampling)
+        self.check(prompts, max_new_tokens, seed)
+        flight = self.flight(min(batch_size, len(prompts)), choose(**sampling), draft_tokens)
         waiting: deque[int] = deque()
         for start in range(0, len(prompts), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(prompts)))
@@ -111,15 +111,18 @@ class Engine:
         def writer(row: int) -> Writer | None:
             return Writer(tokenizer, stop_strings, prompts[row]) if tokenizer else None
 
-        return self._answers(flight, prompts, waiting, writer)
+        def row(i: int) -> Row:
+            return self.row(prompts[i], max_new_tokens, i, seed)
+
+        return self._answers(flight, waiting, row, writer)
 
     def _answers(
-        self, flight: Flight, prompts: Sequence[Sequence[int]], waiting: deque[int], writer: Callable[[int], Writer | None]
+        self, flight: Flight, waiting: deque[int], row_of: Callable[[int], Row], writer: Callable[[int], Writer | None]
     ) -> Iterator[tuple[int, Generated]]:
         under_way: dict[int, Answer] = {}  # by slot
         while waiting or under_way:
             rows = [waiting.popleft() for _ in range(min(len(waiting), len(flight.free)))]
-            for slot, row in zip(flight.join(rows, [prompts[i] for i in rows]), rows):
+            for slot, row in zip(flight.join([row_of(i) for i in rows]), rows):
                 under_way[slot] = Answer(row, writer(row))
             for slot, tokens in flight.next(CHUNK, waiting=bool(waiting)).items():
                 answer = under_way[slot]
@@ -132,9 +135,9 @@ class Engine:
         self, prompt: Sequence[int], *, max_new_tokens: int, seed: int = 0, draft_tokens: int = 0, **sampling: Any
     ) -> Iterator[int]:
         """The answer's tokens as they come, without the one that ends it. As row 0 of `generate`."""
-        self.check([prompt], max_new_tokens)
-        flight = self._flight(1, max_new_tokens, seed, draft_tokens, sampling)
-        flight.join([0], [prompt])
+        self.check([prompt], max_new_tokens, seed)
+        flight = self.flight(1, choose(**sampling), draft_tokens)
+        flight.join([self.row(prompt, max_new_tokens, 0, seed)])
         n = 0  # prefill makes the first
         while not flight.free:
             began = time.perf_counter()
@@ -142,23 +145,22 @@ class Engine:
                 if token in self.stop_ids:
                     return
                 yield token
-            n = min(max(1, 2 * n), CHUNK) if time.perf_counter() - began < LOOK else max(1, n // 2)
+            n = chunk(n, time.perf_counter() - began)
 
-    def _flight(self, slots: int, max_new_tokens: int, seed: int, draft_tokens: int, sampling: dict[str, Any]) -> Flight:
+    def row(self, prompt: Sequence[int], max_new_tokens: int, number: int, seed: int, sampling: Sampling = Sampling()) -> Row:
+        return Row([*prompt], min(len(prompt) + max_new_tokens, self.limit), number, seed, sampling)
+
+    def flight(self, slots: int, sampling: Sampling | None, draft_tokens: int) -> Flight:
+        """As Flight; raises UserError for `draft_tokens` outside 0..CHUNK."""
         if not 0 <= draft_tokens <= CHUNK:
             raise UserError(f"draft_tokens={draft_tokens}: needs a whole number from 0 (none) to {CHUNK}")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed={seed}: needs a whole number from 0 to {2**32 - 1}")
         return Flight(
             self.model,
             self.params,
             self.decoding,
             slots=slots,
             stops=self.stop_ids,
-            limit=self.limit,
-            max_new=max_new_tokens,
-            sampling=choose(**sampling),
-            seed=seed,
+            sampling=sampling,
             draft_tokens=draft_tokens,
         )
 
@@ -195,9 +197,12 @@ class Engine:
         """Whether the prompt leaves room for at least one token."""
         return 0 < len(prompt) < self.limit
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
+        """Raises UserError for what no answer can be made to."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}: needs at least 1")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed}: needs a whole number from 0 to {2**32 - 1}")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompt {i} is empty; a model needs at least one token to go on from")
@@ -237,6 +242,11 @@ class Answer:
         if self.writer and not self.writer.stop_strings:
             self.writer.add(self.ids)
         return Generated(self.ids, self.stopped, self.writer.text if self.writer else "", self.stop_id)
+
+
+def chunk(n: int, took: float) -> int:
+    """How many passes to make before the next look, after n that took so many seconds."""
+    return min(max(1, 2 * n), CHUNK) if took < LOOK else max(1, n // 2)
 
 
 def max_length(c: DecoderConfig) -> int:

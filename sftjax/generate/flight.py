@@ -6,7 +6,7 @@
 A pass through the model takes the newest token of each row and `draft_tokens` guesses of what follows it, which draft.py makes.
 B, R, C, P and S are powers of two and the cache doubles when it is full, so that few programs serve all requests. What a
 slot held before needs no clearing: a cache holds position s at s, and a token sees no position beyond its own. A row's
-random numbers come from (seed, row, position), whatever stands beside it. Where longrope turns the keys of a row that grows
+random numbers come from (seed, number, position), whatever stands beside it. Where longrope turns the keys of a row that grows
 beyond the trained length otherwise than before, the row joins its slot again there, with what it has made for its prompt.
 """
 
@@ -23,7 +23,7 @@ from jax import Array
 
 from sftjax import hosts, sharding
 from sftjax.generate import apart, draft
-from sftjax.generate.sampling import Sampling, next_token
+from sftjax.generate.sampling import Mixed, Sampling, mixed, next_token
 from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, Decoder, head, init_cache
 from sftjax.weights import kinds
@@ -47,16 +47,18 @@ class State(NamedTuple):
     seen: Array | None  # [B, V]: tokens of prompt and answer, where repetition is penalised
 
 
-class Leg(NamedTuple):
-    """What a row that its slot will take again needs for that."""
+class Row(NamedTuple):
+    """A prompt, or a prompt with what it has made so far, and how it goes on."""
 
-    row: int
-    ids: list[int]  # prompt and answer so far
+    ids: list[int]
     end: int  # position that no token of the row gets
+    number: int = 0  # with the seed, what its random numbers come from
+    seed: int = 0
+    sampling: Sampling = Sampling()  # where rows have each their own
 
 
 class Flight:
-    """`slots` rows on their way at most, each to `max_new` tokens or the model's `limit` of positions."""
+    """`slots` rows on their way at most, which choose their tokens by `sampling`, or each by its own where that is None."""
 
     def __init__(
         self,
@@ -66,55 +68,71 @@ class Flight:
         *,
         slots: int,
         stops: Iterable[int],
-        limit: int,
-        max_new: int,
-        sampling: Sampling,
-        seed: int,
+        sampling: Sampling | None,
         draft_tokens: int,
     ):
-        self.model, self.params, self.sampling, self.seed = model, params, sampling, np.uint32(seed)
+        self.model, self.params, self.sampling = model, params, sampling
         self.decoding, self.draft_tokens = decoding, draft_tokens
         self.stops = np.asarray(sorted(stops), np.int32)
-        self.limit, self.max_new = limit, max_new
+        ropes = {model.config.rope, *model.config.ropes}
+        self.turns = sorted({r.original_max_positions + 1 for r in ropes if r and r.kind == "longrope"})
+        self.state: State | None = None
+        self.rows: dict[int, Row] = {}  # by slot, as they joined it
+        self.fresh: list[tuple[list[int], Array]] = []  # slots, and the first tokens that prefill made for them
+        self.over: list[int] = []  # slots of rows that have come to a turn
+        self._size(slots)
+
+    def _size(self, slots: int) -> None:
         self.B = power(slots, least=batch_shards())
         self.R = max(batch_shards(), self.B // 8)
         self.free = list(range(slots))[::-1]
         self.position = np.zeros(self.B, int)  # of each slot's newest token
         self.end_position = np.zeros(self.B, int)  # no token of its row gets so far
-        self.state: State | None = None
-        self.fresh: list[tuple[list[int], Array]] = []  # slots, and the first tokens that prefill made for them
-        ropes = {model.config.rope, *model.config.ropes}
-        self.turns = sorted({r.original_max_positions + 1 for r in ropes if r and r.kind == "longrope"})
-        self.legs: dict[int, Leg] = {}  # by slot, of rows that a turn is still before
-        self.over: list[int] = []  # slots of those that have come to it
 
-    def join(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+    def join(self, rows: Sequence[Row]) -> list[int]:
         """The slots that these rows, no more than are free, take from now on."""
         slots = [self.free.pop() for _ in rows]
-        self._join(slots, [Leg(row, [*ids], min(len(ids) + self.max_new, self.limit)) for row, ids in zip(rows, prompts)])
+        self._join(slots, [row._replace(ids=[*row.ids]) for row in rows])
         return slots
 
-    def _join(self, slots: list[int], legs: Sequence[Leg]) -> None:
-        for i in range(0, len(slots), self.R):
-            self._join_group(slots[i : i + self.R], legs[i : i + self.R])
+    def reseat(self, slots: int) -> dict[int, int]:
+        """Makes it so many slots, no fewer than are busy: {slot: where its row is now}."""
+        busy, state = np.flatnonzero(self.end_position).tolist(), self.state
+        moved = {slot: i for i, slot in enumerate(busy)}
+        position, end_position = self.position[busy], self.end_position[busy]
+        from_ = np.full(power(slots, least=batch_shards()), self.B)  # out of range where a slot is empty
+        from_[: len(busy)] = busy
+        self._size(slots)
+        self.free = [slot for slot in self.free if slot >= len(busy)]
+        self.position[: len(busy)], self.end_position[: len(busy)] = position, end_position
+        self.rows = {moved[slot]: row for slot, row in self.rows.items()}
+        self.over = [moved[slot] for slot in self.over]
+        self.state = None if state is None else _reseated(state, from_)
+        return moved
 
-    def _join_group(self, slots: list[int], legs: Sequence[Leg]) -> None:
+    def _join(self, slots: list[int], rows: Sequence[Row]) -> None:
+        for i in range(0, len(slots), self.R):
+            self._join_group(slots[i : i + self.R], rows[i : i + self.R])
+
+    def _join_group(self, slots: list[int], rows: Sequence[Row]) -> None:
         n, R, config = len(slots), self.R, self.model.config
         lengths = np.ones(R, np.int32)
-        lengths[:n] = [len(leg.ids) for leg in legs]
-        ends = [next((t for t in self.turns if len(leg.ids) < t < leg.end), leg.end) for leg in legs]
-        self.legs |= {slot: leg for slot, leg, end in zip(slots, legs, ends) if end < leg.end}
-        left, ids, into = np.zeros((3, R), np.int32)  # rows that only fill the group have ended before they start
+        lengths[:n] = [len(row.ids) for row in rows]
+        ends = [next((t for t in self.turns if len(row.ids) < t < row.end), row.end) for row in rows]
+        self.rows |= zip(slots, rows)
+        left, numbers, into = np.zeros((3, R), np.int32)  # rows that only fill the group have ended before they start
+        seeds = np.zeros(R, np.uint32)
         left[:n] = ends - lengths[:n]
-        ids[:n], into[:n], into[n:] = [leg.row for leg in legs], slots, self.B  # and go nowhere
+        numbers[:n], seeds[:n] = [row.number for row in rows], [row.seed for row in rows]
+        into[:n], into[n:] = slots, self.B  # and go nowhere
         self.position[slots], self.end_position[slots] = lengths[:n], ends
 
         P = power(int(lengths.max()), least=32)
         C = min(P, max(32, 1 << (PREFILL // R).bit_length() - 1))
         tokens = np.zeros((R, P), np.int32)
-        for row, leg in enumerate(legs):
-            tokens[row, : len(leg.ids)] = leg.ids
-        penalised = self.sampling.repetition_penalty is not None
+        for i, row in enumerate(rows):
+            tokens[i, : len(row.ids)] = row.ids
+        penalised = self.sampling is None or self.sampling.repetition_penalty is not None
         size = max(P, self._room(self._ahead()))
         if self.state is None:
             self.state = _vacant(self.decoding[0], self.B, size, penalised, bool(self.draft_tokens))
@@ -135,13 +153,19 @@ class Flight:
             into,
             lengths,
             left,
-            ids,
-            self.seed,
+            numbers,
+            seeds,
             seen,
-            self.sampling,
+            self._sampling([*slots, *[-1] * (R - n)]),
             self.stops,
         )
         self.fresh.append((slots, first))
+
+    def _sampling(self, slots: Iterable[int]) -> Sampling | Mixed:
+        if self.sampling is not None:
+            return self.sampling
+        rows = [self.rows.get(slot) for slot in slots]
+        return mixed([row.sampling if row else Sampling() for row in rows], self.model.config.vocab)
 
     def _ahead(self) -> int:
         c = self.model.config
@@ -164,7 +188,7 @@ class Flight:
         A row that has just joined brings the token that prefill made besides. `waiting`: come back as soon as R slots are free.
         """
         over, self.over = self.over, []
-        self._join(over, [self.legs.pop(slot) for slot in over])
+        self._join(over, [self.rows[slot] for slot in over])
         new: dict[int, list[int]] = {}
         fresh, self.fresh = self.fresh, []
         busy = np.flatnonzero(self.end_position)
@@ -178,7 +202,7 @@ class Flight:
             least = len(busy) - self.R + 1 if waiting else 1
             bounds = np.int32(n), np.int32(max(1, least))
             self.state, made = _decode(
-                *self.decoding, self.state, self.sampling, self.stops, *bounds, draft_tokens=self.draft_tokens
+                *self.decoding, self.state, self._sampling(range(self.B)), self.stops, *bounds, draft_tokens=self.draft_tokens
             )
         firsts, made, left = hosts.fetch(([f for _, f in fresh], made, self.state.left))
         for (slots, _), first in zip(fresh, firsts):
@@ -187,10 +211,11 @@ class Flight:
             tokens = [] if made is None else made[slot][made[slot] >= 0].tolist()
             self.position[slot] += len(tokens)
             new.setdefault(slot, []).extend(tokens)
-        for slot in new.keys() & self.legs.keys():
-            self.legs[slot].ids.extend(new[slot])
+        for slot, tokens in new.items():
+            self.rows[slot].ids.extend(tokens)
         ended = [slot for slot in new if not left[slot]]
-        self.over = [slot for slot in ended if slot in self.legs and self.legs[slot].ids[-1] not in self.stops]
+        turning = [slot for slot in ended if self.end_position[slot] < self.rows[slot].end]
+        self.over = [slot for slot in turning if self.rows[slot].ids[-1] not in self.stops]
         self._leave([slot for slot in ended if slot not in self.over])
         return new
 
@@ -205,7 +230,8 @@ class Flight:
     def _leave(self, slots: Sequence[int]) -> None:
         self.free += slots
         self.position[slots] = self.end_position[slots] = 0
-        self.legs = {slot: leg for slot, leg in self.legs.items() if slot not in slots}
+        for slot in slots:
+            del self.rows[slot]
         self.over = [slot for slot in self.over if slot not in slots]
 
 
@@ -265,14 +291,14 @@ def _enter(
     slots: Array,
     lengths: Array,
     left: Array,
-    rows: Array,
-    seed: Array,
+    numbers: Array,
+    seeds: Array,
     seen: Array | None,
-    sampling: Sampling,
+    sampling: Sampling | Mixed,
     stops: Array,
 ) -> tuple[State, Array]:
     """R prefilled rows of tokens [R, P] into `slots` [R], and the first token of each; a slot of B is none."""
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+    keys = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
     newest = jnp.take_along_axis(tokens, lengths[:, None] - 1, 1)
     none = jnp.zeros_like(lengths)
     joining = State([cache], None, none, newest[:, 0], lengths - 1, left, jax.random.key_data(keys), seen)
@@ -291,7 +317,7 @@ def _enter(
 
 
 def _take(
-    model: Decoder, params: Any, state: State, hidden: Array, tokens: Array, sampling: Sampling, stops: Array
+    model: Decoder, params: Any, state: State, hidden: Array, tokens: Array, sampling: Sampling | Mixed, stops: Array
 ) -> tuple[State, Array]:
     """The next tokens of the rows under way, [B, T] and -1 where there is none, from hidden [B, T, D] of tokens [B, T]: the
     newest and guesses of what follows it, which are right as far as they are what is chosen.
@@ -305,6 +331,8 @@ def _take(
     if seen is not None:
         guessed = jnp.cumsum(tokens[..., None] == jnp.arange(V), 1) > 0
         by_then = (seen[:, None] | guessed).reshape(B * T, V)
+    if isinstance(sampling, Mixed):
+        sampling = Mixed(*(jnp.repeat(jnp.asarray(x), T) for x in sampling))
     chosen = next_token(logits, sampling, keys.reshape(B * T), by_then).reshape(B, T)
     ends = jnp.isin(chosen, stops)
     going = (jnp.cumsum(ends, 1) - ends == 0) & (jnp.arange(T) < state.left[:, None])
@@ -320,7 +348,15 @@ def _take(
 
 @partial(jax.jit, static_argnames=("model", "draft_tokens"), donate_argnames="state")
 def _decode(
-    model: Decoder, params: Any, state: State, sampling: Sampling, stops: Array, n: Array, least: Array, *, draft_tokens: int
+    model: Decoder,
+    params: Any,
+    state: State,
+    sampling: Sampling | Mixed,
+    stops: Array,
+    n: Array,
+    least: Array,
+    *,
+    draft_tokens: int,
 ) -> tuple[State, Array]:
     """Up to n passes: the tokens that each row takes, [B, CHUNK * T] and -1 beyond them. It ends where fewer than `least` rows
     go on, and before a pass that the cache has no room for.
@@ -367,6 +403,17 @@ def _resized(state: State, length: int) -> State:
         return jnp.concatenate([x, jax.lax.optimization_barrier(room)], axis)
 
     return state._replace(cache=[_placed(Cache(resized(k, 4), resized(v, 3))) for k, v in state.cache])
+
+
+@jax.jit
+def _reseated(state: State, slots: Array) -> State:
+    """Row i is that of slots[i], or empty where there is no such slot."""
+
+    def taken(x: Array, axis: int = 0) -> Array:
+        return jnp.take(x, slots, axis, mode="fill", fill_value=0)
+
+    cache = [_placed(Cache(taken(k, 1), taken(v, 1))) for k, v in state.cache]
+    return State(cache, state.table, *jax.tree.map(taken, state[2:]))
 
 
 def _seen(tokens: np.ndarray, lengths: np.ndarray, vocab: int) -> np.ndarray:

@@ -2,16 +2,20 @@
 
     repetition_penalty -> temperature -> top_k -> top_p -> min_p -> sample
 
-What a filter removes becomes -inf. `Sampling` holds a request's choices; None leaves a filter out of the program.
+What a filter removes becomes -inf. `Sampling` holds a request's choices; None leaves a filter out of the program. `Mixed` is
+one program for rows of any choices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sftjax.config import UserError
@@ -31,6 +35,24 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+
+class Mixed(NamedTuple):
+    """The choices of rows that have each their own, [B]; a row's unused filter has the number that changes nothing."""
+
+    temperature: Array  # 0: greedy
+    top_k: Array  # V: all
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+
+
+def mixed(choices: Sequence[Sampling], vocab: int) -> Mixed:
+    """One row for each of `choices`."""
+    none = {"temperature": 0.0, "top_k": vocab, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    rows = {name: [none[name] if (x := getattr(one, name)) is None else x for one in choices] for name in none}
+    arrays: dict[str, Any] = {name: np.asarray(x, np.int32 if name == "top_k" else np.float32) for name, x in rows.items()}
+    return Mixed(**arrays)
 
 
 def choose(
@@ -67,9 +89,13 @@ def apply_temperature(logits: Array, temperature: float | Array) -> Array:
     return logits / temperature
 
 
-def apply_top_k(logits: Array, k: int) -> Array:
-    """Keeps the k largest, and what equals the least of them."""
-    least = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][:, -1:]
+def apply_top_k(logits: Array, k: int | Array) -> Array:
+    """Keeps the k largest, and what equals the least of them. k may be [B, 1], from 1 to V."""
+    V = logits.shape[-1]
+    if isinstance(k, int):
+        least = jax.lax.top_k(logits, min(k, V))[0][:, -1:]
+    else:
+        least = jnp.take_along_axis(jnp.sort(logits, -1), V - jnp.clip(k, 1, V), -1)
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
@@ -99,8 +125,11 @@ def sample(logits: Array, keys: Array) -> Array:
     return greedy(logits + noise)
 
 
-def next_token(logits: Array, sampling: Sampling, keys: Array, seen: Array | None) -> Array:
-    """[B, V] -> [B]. `seen` [B, V] is needed where there is a repetition penalty."""
+def next_token(logits: Array, sampling: Sampling | Mixed, keys: Array, seen: Array | None) -> Array:
+    """[B, V] -> [B]. `seen` [B, V] is needed where there is a repetition penalty, and by Mixed."""
+    if isinstance(sampling, Mixed):
+        assert seen is not None
+        return _mixed_tokens(logits, sampling, keys, seen)
     if sampling.repetition_penalty is not None:
         assert seen is not None
         logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
@@ -114,3 +143,20 @@ def next_token(logits: Array, sampling: Sampling, keys: Array, seen: Array | Non
     if sampling.min_p is not None:
         logits = apply_min_p(logits, sampling.min_p)
     return sample(logits, keys)
+
+
+def _mixed_tokens(logits: Array, sampling: Mixed, keys: Array, seen: Array) -> Array:
+    """What no row asks for is not computed."""
+    temperature, k, p, least, penalty = (x[:, None] for x in sampling)
+    filtering = (k < logits.shape[-1]) | (p < 1) | (least > 0)
+
+    def filtered(x: Array) -> Array:
+        return apply_min_p(apply_top_p(apply_top_k(x, k), p), least)
+
+    def drawn() -> Array:
+        x = apply_temperature(logits, jnp.where(temperature > 0, temperature, 1))
+        x = jax.lax.cond((filtering & (temperature > 0)).any(), filtered, lambda x: x, x)
+        return jnp.where(sampling.temperature > 0, sample(x, keys), greedy(logits))
+
+    logits = jax.lax.cond((penalty != 1).any(), lambda: apply_repetition_penalty(logits, seen, penalty), lambda: logits)
+    return jax.lax.cond((temperature > 0).any(), drawn, lambda: greedy(logits))

@@ -12,6 +12,7 @@ from tiny import assert_greedy
 from sftjax.config import UserError
 from sftjax.generate import draft
 from sftjax.generate.engine import Engine
+from sftjax.generate.sampling import choose
 from sftjax.models.config import Experts, Rope
 from sftjax.models.decoder import Decoder
 
@@ -27,8 +28,9 @@ def by_passes(engine, prompts, n, draft_tokens=3, **options):
     """
     plain = [a.ids for a in engine.generate(prompts, max_new_tokens=n, **options)]
     told = [[*p, *a][: engine.limit - 1] for p, a in zip(prompts, plain)]
-    flight = engine._flight(2 * len(prompts), n, options.pop("seed", 0), draft_tokens, options)
-    slots = flight.join(range(2 * len(prompts)), [*prompts, *told])
+    seed = options.pop("seed", 0)
+    flight = engine.flight(2 * len(prompts), choose(**options), draft_tokens)
+    slots = flight.join([engine.row(ids, n, i, seed) for i, ids in enumerate([*prompts, *told])])
     answers, most, new = [[] for _ in prompts], 0, flight.next(0)  # prefill makes the first
     while new:
         for slot in set(new).intersection(slots[: len(prompts)]):
@@ -90,8 +92,8 @@ def test_experts_and_bfloat16():
 
 def test_text_that_repeats_itself_takes_fewer_passes():
     engine = Engine(Decoder(CONFIG), PARAMS)
-    flight = engine._flight(1, 100, 0, 3, {})
-    flight.join([0], PROMPTS[:1])
+    flight = engine.flight(1, choose(), 3)
+    flight.join([engine.row(PROMPTS[0], 100, 0, seed=0)])
     (first,) = flight.next(0).values()
     passes = []
     while not flight.free:

@@ -16,6 +16,7 @@ from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.generate import flight as module
 from sftjax.generate.engine import Engine, max_length
+from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
 from sftjax.models.config import Rope
 from sftjax.models.decoder import Decoder, forward
@@ -334,8 +335,8 @@ def test_the_cache_is_as_long_as_its_rows_need(monkeypatch):
     c = tiny.config(max_positions=256)
     engine = Engine(Decoder(c), tiny.params(c))
     prompts = [RNG.integers(0, c.vocab, n).tolist() for n in (250, 5)]
-    flight = engine._flight(2, 70, 0, 0, {})
-    long, short = flight.join([0, 1], prompts)
+    flight = engine.flight(2, choose(), 0)
+    long, short = flight.join([engine.row(p, 70, i, seed=0) for i, p in enumerate(prompts)])
     answers, lengths = {long: [], short: []}, []
     while len(flight.free) < 2:
         for slot, new in flight.next(4).items():
@@ -360,8 +361,9 @@ def test_a_device_of_a_mesh_has_its_own_rows_and_heads_of_the_cache(monkeypatch)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
-        flight = Engine(Decoder(CONFIG), params)._flight(8, 60, 0, 0, {})
-        flight.join(range(5), PROMPTS)
+        engine = Engine(Decoder(CONFIG), params)
+        flight = engine.flight(8, choose(), 0)
+        flight.join([engine.row(p, 60, i, seed=0) for i, p in enumerate(PROMPTS)])
         while len(flight.free) < 8:
             for x in jax.tree.leaves(flight.state.cache):
                 assert [whole // own for whole, own in zip(x.shape, x.sharding.shard_shape(x.shape))] == [1, 4, 2, 1, 1]
