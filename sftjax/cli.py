@@ -350,6 +350,14 @@ def chat(args: argparse.Namespace) -> None:
     run_chat(args.model, system=args.system, **sampling(args))
 
 
+def serve(args: argparse.Namespace) -> None:
+    from sftjax.serve.app import run_serve
+
+    keep_compilations()
+    names = ("adapter", "quantize", "name", "host", "port", "slots", "key_env", "draft_tokens")
+    run_serve(args.model, **{name: getattr(args, name) for name in names})
+
+
 def generate(args: argparse.Namespace) -> None:
     from sftjax.generate.answer import run_generate
 
@@ -412,6 +420,7 @@ VERBS = {
     "eval": eval_,
     "export": export_,
     "chat": chat,
+    "serve": serve,
     "generate": generate,
     "compare": compare,
     "lm-eval": lm_eval,

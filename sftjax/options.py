@@ -13,6 +13,7 @@ EXAMPLES = {
     "eval": "sftjax eval --workdir=runs/mine",
     "export": "sftjax export --workdir=runs/mine --to=hf --out=mine",
     "chat": "sftjax chat --model=mine",
+    "serve": "sftjax serve --model=mine",
     "generate": "sftjax generate --model=mine --data=questions.jsonl --out=answers.jsonl",
     "lm-eval": "sftjax lm-eval --model_args path=mine --tasks gsm8k,hellaswag --batch_size 32",
     "compare": "sftjax compare --model=base --model=tuned=base@adapter --prompts=prompts.yaml --data=test.jsonl --out=compared",
@@ -142,6 +143,15 @@ def build_parser() -> Parser:
     model_options(p)
     p.add_argument("--system", help="a system prompt")
 
+    p = verb("serve", "--model=DIR", "Answers over HTTP in the words of the OpenAI API, many at a time; with a page to talk on.")
+    weight_options(p)
+    p.add_argument("--name", help="of the model, for those who ask (default: its directory's name, or hub id)")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="0 finds a free one (default 8000)")
+    p.add_argument("--slots", type=int, default=16, metavar="N", help="answers that are made at a time; others wait (default 16)")
+    p.add_argument("--key-env", metavar="VARIABLE", help="the environment variable with a key that whoever asks needs")
+    draft_option(p)
+
     p = verb("generate", "--model=DIR --data=FILE --out=FILE", "Answers every prompt of a data file, into JSON lines.")
     model_options(p)
     p.add_argument("--data", metavar="FILE", help="any format that training reads")
@@ -202,10 +212,14 @@ def compare_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--timeout", type=float, help="seconds that an endpoint has for an answer (default 120)")
 
 
-def model_options(p: argparse.ArgumentParser) -> None:
+def weight_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", metavar="DIR", help="a Hugging Face directory or hub id")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT adapter over it")
     p.add_argument("--quantize", choices=["nf4", "int8"], help="keep the layers' kernels in 4 or 8 bits")
+
+
+def model_options(p: argparse.ArgumentParser) -> None:
+    weight_options(p)
     p.add_argument("--max-new-tokens", type=int, default=512)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top-k", type=int, default=0)
@@ -214,6 +228,10 @@ def model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--repetition-penalty", type=float, default=1.0)
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop where this text appears; may be given again")
     p.add_argument("--seed", type=int, default=0)
+    draft_option(p)
+
+
+def draft_option(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--draft-tokens",
         type=int,

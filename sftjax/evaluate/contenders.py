@@ -26,7 +26,7 @@ from sftjax.data.example import Message, RowError
 from sftjax.data.tokenizer import open_tokenizer
 from sftjax.evaluate.endpoint import Endpoint, Reply, check_url
 from sftjax.evaluate.prompts import Ask, plain
-from sftjax.generate.chat import open_engine
+from sftjax.generate.open import open_engine
 from sftjax.hf.load import resolve
 from sftjax.train.manifest import TOKENIZER
 

@@ -18,8 +18,8 @@ from sftjax.data.example import Example, RowError
 from sftjax.data.formats import Rejected, fail_on
 from sftjax.data.lines import new_file, whole
 from sftjax.evaluate.heldout import Question, question
-from sftjax.generate.chat import open_engine
 from sftjax.generate.engine import Engine, Generated
+from sftjax.generate.open import open_engine
 from sftjax.generate.questions import UNASKED, read_questions
 
 

@@ -13,8 +13,7 @@ from sftjax.config import UserError
 from sftjax.data.chat import Chat, as_dict
 from sftjax.data.conversation import conversation, named
 from sftjax.data.example import Message, RowError
-from sftjax.generate.chat import ends
-from sftjax.generate.engine import Engine
+from sftjax.generate.open import engine_of
 from sftjax.hf.model import Model
 
 
@@ -28,9 +27,8 @@ def answer(model: Model, prompts: str | Sequence[Any], *, max_new_tokens: int = 
     """
     if model.config.labels:
         raise UserError(f"{model.directory}: ends with a score head, which generates no text")
-    chat = Chat(model.tokenizer)
+    engine, chat = engine_of(model)
     asked = [ids(chat, prompt, f"prompts[{i}]") for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)]
-    engine = Engine(model.module, model.params, stop_ids=ends(model.directory, chat))
     made = engine.generate(asked, max_new_tokens=max_new_tokens, tokenizer=model.tokenizer, **options)
     return [one.text for one in made]
 
@@ -43,10 +41,20 @@ def ids(chat: Chat, prompt: Any, where: str) -> list[int]:
         if not isinstance(prompt, (str, list, tuple)):
             raise RowError(where, f"is {named(prompt)}, must be a text or a list of messages; put one conversation into a list")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        said = conversation([as_dict(m) if isinstance(m, Message) else m for m in turns], where, {}, {}, silent=True)
+        return conversation_ids(chat, [as_dict(m) if isinstance(m, Message) else m for m in turns], where)
+    except RowError as e:
+        raise UserError(f"answer: {e}") from e
+
+
+def conversation_ids(
+    chat: Chat, turns: Any, where: str, tools: Sequence[dict[str, Any]] | None = None, **variables: Any
+) -> list[int]:
+    """The tokens of a conversation up to where its answer begins; `variables` go to the template. Raises RowError."""
+    try:
+        said = conversation(turns, where, {}, {}, silent=True)
         if said[-1].role == "assistant":
             raise RowError(where, "ends with an answer, so nothing is asked")
-        chat.check_roles([as_dict(m) for m in said], None)
-        return chat.prompt(said)
-    except RowError as e:
-        raise UserError(f"answer: {str(e).partition('; map it')[0].partition('; choose one')[0]}") from e
+        chat.check_roles([as_dict(m) for m in said], tools)
+        return chat.prompt(said, tools, **variables)
+    except RowError as e:  # without its advice on a config's keys: there is none here
+        raise RowError(e.field, e.reason.partition("; map it")[0].partition("; choose one")[0]) from e

@@ -8,15 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.data.example import Message, RowError
 from sftjax.generate.engine import Engine
+from sftjax.generate.open import open_engine
 from sftjax.generate.text import Writer
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D leaves; Ctrl-C stops an answer"
@@ -44,30 +42,6 @@ def run_chat(
                 return
         elif line:
             talk.turn(line)
-
-
-def open_engine(model: str, adapter: str | None = None, quantize: str | None = None) -> tuple[Engine, Chat]:
-    """A checkpoint, in few bits and with an adapter over it where they are given, ready to answer. Raises UserError."""
-    from sftjax.hf.model import load
-
-    m = load(model, adapter=adapter, quantize=quantize)
-    if m.config.labels:
-        verb = "sftjax.classify(model, texts)" if len(m.config.labels) > 1 else "sftjax.rewards(model, conversations)"
-        raise UserError(
-            f"--model={adapter or model}: ends with a score head ({', '.join(m.config.labels[:5])}), which generates no text; "
-            f"from Python {verb} gives its numbers"
-        )
-    chat = Chat(m.tokenizer)
-    return Engine(m.module, m.params, stop_ids=ends(m.directory, chat)), chat
-
-
-def ends(directory: Path, chat: Chat) -> tuple[int, ...]:
-    """The tokens that end an answer; generation_config.json is where some families name more of them than the tokenizer does."""
-    from sftjax.hf.load import read_json
-
-    file = directory / "generation_config.json"
-    eos = read_json(file).get("eos_token_id") if file.is_file() else None
-    return (*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist())
 
 
 @dataclass

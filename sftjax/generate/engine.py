@@ -20,7 +20,7 @@ from sftjax import tree
 from sftjax.config import UserError
 from sftjax.generate.apart import take_apart
 from sftjax.generate.flight import CHUNK, Flight, Row, batch_shards
-from sftjax.generate.sampling import Sampling, choose
+from sftjax.generate.sampling import GREEDY, Sampling, choose
 from sftjax.generate.score import Scored, score_batch
 from sftjax.generate.text import Writer
 from sftjax.models.config import DecoderConfig
@@ -147,7 +147,7 @@ class Engine:
                 yield token
             n = chunk(n, time.perf_counter() - began)
 
-    def row(self, prompt: Sequence[int], max_new_tokens: int, number: int, seed: int, sampling: Sampling = Sampling()) -> Row:
+    def row(self, prompt: Sequence[int], max_new_tokens: int, number: int, seed: int, sampling: Sampling = GREEDY) -> Row:
         return Row([*prompt], min(len(prompt) + max_new_tokens, self.limit), number, seed, sampling)
 
     def flight(self, slots: int, sampling: Sampling | None, draft_tokens: int) -> Flight:
@@ -165,9 +165,10 @@ class Engine:
         )
 
     def score(
-        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, batch_size: int = 32, top: int = 0
     ) -> list[Scored]:
-        """How likely the model finds each token of each continuation of its prompt, in order. One forward pass a row.
+        """How likely the model finds each token of each continuation of its prompt, and the `top` likeliest in its place, in
+        order. One forward pass a row.
 
         Raises UserError, before the first, for an empty prompt and where prompt and continuation are together longer than
         the model's positions, of which the continuation's last token needs none.
@@ -190,7 +191,7 @@ class Engine:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             these = [prompts[i] for i in rows], [continuations[i] for i in rows]
-            out |= zip(rows, score_batch(self.model, self.params, *these, shards=batch_shards()))
+            out |= zip(rows, score_batch(self.model, self.params, *these, shards=batch_shards(), top=top))
         return [out[i] for i in range(len(prompts))]
 
     def fits(self, prompt: Sequence[int]) -> bool:

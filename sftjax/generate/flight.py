@@ -23,7 +23,7 @@ from jax import Array
 
 from sftjax import hosts, sharding
 from sftjax.generate import apart, draft
-from sftjax.generate.sampling import Mixed, Sampling, mixed, next_token
+from sftjax.generate.sampling import GREEDY, Mixed, Sampling, mixed, next_token
 from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, Decoder, head, init_cache
 from sftjax.weights import kinds
@@ -54,7 +54,7 @@ class Row(NamedTuple):
     end: int  # position that no token of the row gets
     number: int = 0  # with the seed, what its random numbers come from
     seed: int = 0
-    sampling: Sampling = Sampling()  # where rows have each their own
+    sampling: Sampling = GREEDY  # where rows have each their own
 
 
 class Flight:
@@ -165,7 +165,7 @@ class Flight:
         if self.sampling is not None:
             return self.sampling
         rows = [self.rows.get(slot) for slot in slots]
-        return mixed([row.sampling if row else Sampling() for row in rows], self.model.config.vocab)
+        return mixed([row.sampling if row else GREEDY for row in rows], self.model.config.vocab)
 
     def _ahead(self) -> int:
         c = self.model.config

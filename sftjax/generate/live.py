@@ -14,7 +14,7 @@ import jax
 from sftjax.config import UserError
 from sftjax.generate.engine import Answer, Engine, Generated, chunk
 from sftjax.generate.flight import Flight
-from sftjax.generate.sampling import Sampling
+from sftjax.generate.sampling import GREEDY, Sampling
 from sftjax.generate.text import Writer
 
 FEW = 4  # slots are a power of it where an empty one costs what a busy one does, on a CPU; each number is a program
@@ -30,10 +30,10 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int
-    tell: Callable[[list[int] | Generated | Exception], None]
+    tell: Callable[[list[int] | Generated | Exception], object]
     number: int = 0
     seed: int = 0
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop_strings: Sequence[str] = ()
 
 

@@ -37,6 +37,9 @@ class Sampling:
     repetition_penalty: float | None = None
 
 
+GREEDY = Sampling()
+
+
 class Mixed(NamedTuple):
     """The choices of rows that have each their own, [B]; a row's unused filter has the number that changes nothing."""
 

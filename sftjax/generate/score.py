@@ -32,10 +32,12 @@ class Scored:
 
     logps: np.ndarray  # [n] float32
     greedy: np.ndarray  # [n] bool: the token is the likeliest, the first of equals as greedy decoding takes it
+    top: np.ndarray  # [n, k]: the k likeliest tokens in each one's place, best first
+    top_logps: np.ndarray  # [n, k] float32
 
 
 def score_batch(
-    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], shards: int
+    model: Decoder, params: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], shards: int, top: int
 ) -> list[Scored]:
     """Of rows that go through the model together. `shards`: what their number is padded to a multiple of."""
     B = power(len(prompts), least=shards)
@@ -49,26 +51,24 @@ def score_batch(
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
         at[row, : len(continuation)] = np.arange(len(prompt) - 1, len(ids))
         targets[row, : len(continuation)] = continuation
-    logps, same = hosts.fetch(_score(model, params, tokens, segments, at, targets))
-    return [Scored(logps[row, :n], same[row, :n]) for row, n in enumerate(counts)]
+    found = hosts.fetch(_score(model, params, tokens, segments, at, targets, top))
+    return [Scored(*(x[row, :n] for x in found)) for row, n in enumerate(counts)]
 
 
-@partial(jax.jit, static_argnames="model")
-def _score(model: Decoder, params: Any, tokens: Array, segments: Array, at: Array, targets: Array) -> tuple[Array, Array]:
-    """logps and greedy [B, M] of targets [B, M], which positions `at` [B, M] of tokens [B, T] predict."""
+@partial(jax.jit, static_argnames=("model", "top"))
+def _score(model: Decoder, params: Any, tokens: Array, segments: Array, at: Array, targets: Array, top: int) -> tuple[Array, ...]:
+    """What Scored holds, [B, M] and [B, M, top], of targets [B, M], which positions `at` [B, M] of tokens [B, T] predict."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, head, _ = forward(model)(params, Batch(tokens, None, segments, positions))
-    return logps_and_greedy(jnp.take_along_axis(hidden, at[..., None], 1), head, targets)
+    hidden = jnp.take_along_axis(hidden, at[..., None], 1)
 
-
-def logps_and_greedy(hidden: Array, head: kinds.Weight, targets: Array) -> tuple[Array, Array]:
-    """log softmax(hidden @ head)[targets] float32 and whether each target is the argmax, both [B, T]. hidden [B, T, D]."""
-
-    def block(xs: tuple[Array, Array]) -> tuple[Array, Array]:
+    def block(xs: tuple[Array, Array]) -> tuple[Array, ...]:
         h, t = xs
         logits = kinds.matmul(h, head).astype(jnp.float32)
-        logps = jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
-        return logps, greedy(logits) == t
+        normaliser = jax.nn.logsumexp(logits, -1)
+        logps = jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - normaliser
+        best, tokens = jax.lax.top_k(logits, top)
+        return logps, greedy(logits) == t, tokens, best - normaliser[..., None]
 
-    out = jax.lax.map(block, blocks(head.shape[-1], hidden, targets))  # [n, B, t]
-    return joined(out[0], targets.shape[1]), joined(out[1], targets.shape[1])
+    out = jax.lax.map(block, blocks(head.shape[-1], hidden, targets))  # [n, B, t, ...]
+    return tuple(joined(x, targets.shape[1]) for x in out)

@@ -114,7 +114,7 @@ def joined(x: Array, T: int) -> Array:
     """[B, T, ...] of what `blocks` has cut into [n, B, t, ...]."""
     n, B, t, *rest = x.shape
     parts = sharding.columns(T)
-    x = jnp.moveaxis(x.reshape(n, B, parts, t // parts, *rest), 0, 2).reshape(B, parts, -1, *rest)
+    x = jnp.moveaxis(x.reshape(n, B, parts, t // parts, *rest), 0, 2).reshape(B, parts, n * t // parts, *rest)
     return x[:, :, : T // parts].reshape(B, T, *rest)
 
 

@@ -34,8 +34,8 @@ from sftjax.evaluate.bootstrap import DRAWS, SHARE
 from sftjax.evaluate.figures import Part, by_tag, changed
 from sftjax.evaluate.loss import perplexity, row_losses
 from sftjax.evaluate.metrics import Sums, row_scores
-from sftjax.generate.chat import ends
 from sftjax.generate.engine import Engine, max_length
+from sftjax.generate.open import ends
 from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
 from sftjax.models.decoder import Decoder, forward

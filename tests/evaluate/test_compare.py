@@ -15,7 +15,7 @@ from sftjax.evaluate import contenders, endpoint
 from sftjax.evaluate.compare import run_compare
 from sftjax.evaluate.contenders import Contender, Local, Options, Remote, parse
 from sftjax.evaluate.prompts import Ask
-from sftjax.generate.chat import open_engine
+from sftjax.generate.open import open_engine
 
 KEY = "sk-secret-of-mine"
 PROMPTS = """

@@ -7,7 +7,7 @@ import pytest
 
 from sftjax.data.example import Answer, Example, Message
 from sftjax.evaluate import heldout
-from sftjax.generate.chat import open_engine
+from sftjax.generate.open import open_engine
 
 
 @pytest.fixture(scope="module")

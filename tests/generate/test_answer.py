@@ -7,8 +7,8 @@ import pytest
 
 from sftjax.config import UserError
 from sftjax.generate.answer import run_generate
-from sftjax.generate.chat import open_engine
 from sftjax.generate.engine import Engine
+from sftjax.generate.open import open_engine
 
 
 def test_rows_are_answered_in_order(toy, tmp_path):

@@ -41,13 +41,16 @@ def assert_scores(scored, whole, atol=1e-5):
         np.testing.assert_allclose(s.logps, at[np.arange(len(c)), c], atol=atol)
         np.testing.assert_array_equal(s.greedy, at.argmax(-1) == c)
         assert (s.logps.dtype, s.greedy.dtype, len(s.logps)) == (np.float32, bool, len(c))
+        best = np.argsort(-at, -1, kind="stable")[:, : s.top.shape[1]]
+        np.testing.assert_array_equal(s.top, best)
+        np.testing.assert_allclose(s.top_logps, np.take_along_axis(at, best, -1), atol=atol)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 def test_scores_equal_the_full_forward(whole, batch_size, monkeypatch):
     monkeypatch.setattr("sftjax.losses.tokens.BLOCK", 300)  # the head over several blocks of columns
     module._score.clear_cache()
-    assert_scores(Engine(Decoder(CONFIG), PARAMS).score(PROMPTS, CONTINUATIONS, batch_size=batch_size), whole)
+    assert_scores(Engine(Decoder(CONFIG), PARAMS).score(PROMPTS, CONTINUATIONS, batch_size=batch_size, top=3), whole)
     module._score.clear_cache()
 
 

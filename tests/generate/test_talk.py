@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from sftjax.generate import chat as module
-from sftjax.generate.chat import open_engine, run_chat
+from sftjax.generate.chat import run_chat
 from sftjax.generate.engine import Engine
+from sftjax.generate.open import open_engine
 from sftjax.generate.text import Writer
 
 NEW = 12

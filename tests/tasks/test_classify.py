@@ -12,7 +12,7 @@ from sftjax import cli, tasks
 from sftjax.config import UserError
 from sftjax.data.preview import preview
 from sftjax.evaluate import classes
-from sftjax.generate.chat import open_engine
+from sftjax.generate.open import open_engine
 from sftjax.tasks.export import export
 
 METHODS = {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from sftjax import tasks
 from sftjax.config import UserError
-from sftjax.generate.chat import open_engine
+from sftjax.generate.open import open_engine
 from sftjax.hf.load import load_config, load_params
 from sftjax.hf.model import load
 from sftjax.hf.verify import score

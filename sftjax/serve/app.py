@@ -1,0 +1,285 @@
+"""`sftjax serve`: a model behind HTTP, in the words of the OpenAI API.
+
+GET  /                      a page to talk with the model
+GET  /health, /v1/models
+POST /v1/chat/completions   a conversation, through the model's own template
+POST /v1/completions        texts or tokens; with echo and logprobs the prompts themselves are scored
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import queue
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sftjax.config import UserError
+from sftjax.generate.engine import Generated
+from sftjax.generate.live import Live, Request
+from sftjax.generate.open import engine_of, open_model
+from sftjax.generate.score import Scored
+from sftjax.generate.text import Writer
+from sftjax.hf.load import read_json
+from sftjax.serve import replies
+from sftjax.serve.asked import SAMPLING, Asked, Desk, Refused
+from sftjax.serve.replies import Envelope
+
+try:
+    import uvicorn
+    from starlette import requests, routing
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+except ImportError as e:
+    raise UserError(f"needs {e.name}: pip install 'sftjax[serve]'") from e
+
+HERE = ("127.0.0.1", "localhost")
+
+
+def run_serve(
+    model: str,
+    *,
+    adapter: str | None = None,
+    quantize: str | None = None,
+    name: str | None = None,
+    host: str = HERE[0],
+    port: int = 8000,
+    slots: int = 16,
+    key_env: str | None = None,
+    draft_tokens: int = 0,
+) -> None:
+    """Serves until Ctrl-C, on one process' devices. With `key_env` callers need the key in that environment variable.
+
+    Raises UserError.
+    """
+    key = read_key(key_env)
+    with bound(host, port) as listening:
+        opened = open_model(model, adapter, quantize)
+        engine, chat = engine_of(opened)
+        called = name or (Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model)
+        desk = Desk(called, engine, chat, usual_sampling(opened.directory))
+        live = Live(engine, chat.tokenizer, slots=slots, draft_tokens=draft_tokens)
+        warm(live)
+        at = f"http://{host}:{listening.getsockname()[1]}"
+        note(f"{called} is at {at}/v1, and a page to talk with it at {at}; Ctrl-C ends")
+        if host not in HERE and not key:
+            note(f"whoever reaches {host} can use it; --key-env=VARIABLE asks for a key")
+        config = uvicorn.Config(make_app(desk, live, key, local=host in HERE), log_level="warning", timeout_graceful_shutdown=3)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def warm(live: Live) -> None:
+    """Compiles what the first to ask would wait for. Raises what goes wrong."""
+    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    live.ask([Request([0], 2, heard.put)])
+    while not isinstance(said := heard.get(), Generated):
+        if isinstance(said, Exception):
+            raise said
+
+
+def read_key(variable: str | None) -> str | None:
+    if variable and not os.environ.get(variable):
+        raise UserError(f"--key-env={variable}: is not set; put the key that callers need into it")
+    return os.environ[variable] if variable else None
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, before a model is read for it. Raises UserError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as e:
+        reason = "is in use; --port=0 finds a free one" if getattr(e, "errno", None) == 98 else f"cannot be had ({e})"
+        raise UserError(f"--host={host} --port={port}: {reason}") from e
+
+
+def usual_sampling(directory: Path) -> dict[str, float]:
+    """How a model samples that is not told: as its generation_config.json says, and where that is silent as the API does."""
+    file = directory / "generation_config.json"
+    own = read_json(file) if file.is_file() else {}
+    return {name: usual if own.get(name) is None else own[name] for name, usual in SAMPLING.items()}
+
+
+def note(text: str) -> None:
+    print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+def make_app(desk: Desk, live: Live, key: str | None, local: bool) -> Starlette:
+    """The application. With `key` who asks needs it; `local` refuses names of this machine that others could have made up."""
+    service = Service(desk, live, key)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(live.close)
+
+    routes = [
+        routing.Route("/", service.page),
+        routing.Route("/health", service.health),
+        routing.Route("/v1/models", service.models),
+        routing.Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        routing.Route("/v1/completions", service.complete, methods=["POST"]),
+    ]
+    # a page elsewhere whose name leads here (DNS rebinding) is no caller of a local server
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(HERE))] if local else []
+    return Starlette(routes=routes, middleware=guards, lifespan=lifespan, exception_handlers={404: no_such_path})
+
+
+class Service:
+    def __init__(self, desk: Desk, live: Live, key: str | None):
+        self.desk, self.live, self.key, self.began = desk, live, key, int(time.time())
+
+    async def page(self, _: requests.Request) -> Response:
+        return HTMLResponse((resources.files("sftjax.serve") / "page.html").read_text(encoding="utf-8"))
+
+    async def health(self, _: requests.Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: requests.Request) -> Response:
+        try:
+            self.authorise(request)
+        except Refused as e:
+            return refusal(e)
+        limit = self.desk.engine.limit
+        one = {"id": self.desk.name, "object": "model", "created": self.began, "owned_by": "sftjax", "max_model_len": limit}
+        return JSONResponse({"object": "list", "data": [one]})
+
+    async def chat(self, request: requests.Request) -> Response:
+        return await self.answer(request, self.desk.chatted, chat=True)
+
+    async def complete(self, request: requests.Request) -> Response:
+        return await self.answer(request, self.desk.completed, chat=False)
+
+    def authorise(self, request: requests.Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+            raise Refused("a key is needed, as Authorization: Bearer KEY, and this is not it", status=401)
+
+    async def answer(self, request: requests.Request, read: Callable[[Any], Asked], chat: bool) -> Response:
+        envelope = Envelope(f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time()), self.desk.name, chat)
+        try:
+            self.authorise(request)
+            if not request.headers.get("content-type", "").startswith("application/json"):
+                raise Refused("needs Content-Type: application/json", status=415)  # what another site's page cannot send
+            try:
+                body = await request.json()
+            except ValueError as e:
+                raise Refused(f"the body is not JSON: {e}") from None
+            asked = await run_in_threadpool(read, body)
+            if asked.stream:
+                return StreamingResponse(self.stream(asked, envelope), media_type="text/event-stream")
+            return JSONResponse(await unless_gone(request, self.whole(asked, envelope)))
+        except Refused as e:
+            return refusal(e)
+
+    async def whole(self, asked: Asked, envelope: Envelope) -> dict[str, Any]:
+        prompts = [ids for ids in asked.prompts for _ in range(asked.n)]
+        answers = [Generated([], False) for _ in prompts]
+        if max(asked.max_new_tokens):
+            async for index, said in self.said(asked):
+                if isinstance(said, Generated):
+                    answers[index] = said
+        # a completion's log-probs have the token that ended it, as vLLM's do: the harness takes one off the end
+        made = [a.ids if envelope.chat or a.stop_id is None else [*a.ids, a.stop_id] for a in answers]
+        scores = await self.scored(asked, prompts, made)
+        choices = []
+        for i, (ids, answer) in enumerate(zip(prompts, answers)):
+            held = [*ids, *made[i]] if asked.echo else made[i]
+            text = answer.text
+            if asked.echo:
+                text = self.desk.chat.tokenizer.decode(ids, skip_special_tokens=True) + text
+            tell = replies.chat_logprobs if envelope.chat else replies.text_logprobs
+            logprobs = None if scores is None else tell(self.desk.chat.tokenizer, held, scores[i])
+            choices.append(envelope.choice(i, text, replies.finish(answer), logprobs))
+        return envelope.whole(choices, replies.usage(asked.prompts, [answer.ids for answer in answers]))
+
+    async def scored(self, asked: Asked, prompts: list[list[int]], made: list[list[int]]) -> list[Scored] | None:
+        """Log-probs of what was made, or of all after each prompt's first token where it is echoed; None where nobody asks."""
+        if asked.top is None:
+            return None
+        after = [1 if asked.echo else len(ids) for ids in prompts]
+        whole = [[*ids, *new] for ids, new in zip(prompts, made)]
+        before, rest = [ids[:n] for ids, n in zip(whole, after)], [ids[n:] for ids, n in zip(whole, after)]
+        return await run_in_threadpool(self.desk.engine.score, before, rest, top=asked.top, batch_size=self.live.slots)
+
+    async def stream(self, asked: Asked, envelope: Envelope) -> AsyncIterator[str]:
+        tokenizer = self.desk.chat.tokenizer
+        prompts = [ids for ids in asked.prompts for _ in range(asked.n)]
+        writers = [Writer(tokenizer, asked.stop, ids) for ids in prompts]
+        sent, answers = [""] * len(prompts), []
+        for i, ids in enumerate(prompts):
+            text = tokenizer.decode(ids, skip_special_tokens=True) if asked.echo else ""
+            if envelope.chat or text:
+                yield envelope.piece([envelope.delta(i, text, first=True)])
+        try:
+            async for i, said in self.said(asked):
+                if isinstance(said, Generated):
+                    answers.append(said)
+                    yield envelope.piece([envelope.delta(i, said.text[len(sent[i]) :], replies.finish(said))])
+                    continue
+                writers[i].add(said)
+                if len(shown := writers[i].shown) > len(sent[i]):
+                    yield envelope.piece([envelope.delta(i, shown[len(sent[i]) :])])
+                    sent[i] = shown
+        except Refused as e:
+            yield replies.event(replies.failed(str(e), e.status))
+            return
+        if asked.usage:
+            yield envelope.piece([], usage=replies.usage(asked.prompts, [answer.ids for answer in answers]))
+        yield replies.DONE
+
+    async def said(self, asked: Asked) -> AsyncIterator[tuple[int, list[int] | Generated]]:
+        """(which answer, tokens of it as they come, and at last the answer), of all that were asked for. Raises Refused."""
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Queue[tuple[int, list[int] | Generated | Exception]] = asyncio.Queue()
+
+        def teller(index: int) -> Callable[[list[int] | Generated | Exception], object]:
+            return lambda said: loop.call_soon_threadsafe(heard.put_nowait, (index, said))
+
+        under_way = {}
+        for i, (ids, new) in enumerate(zip(asked.prompts, asked.max_new_tokens)):
+            for number in range(asked.n):
+                at = i * asked.n + number
+                under_way[at] = Request(ids, new, teller(at), number, asked.seed, asked.sampling, asked.stop)
+        try:
+            self.live.ask(list(under_way.values()))
+            while under_way:
+                index, said = await heard.get()
+                if isinstance(said, Exception):
+                    raise Refused(f"no answer: {type(said).__name__}: {str(said).partition(chr(10))[0]}", status=500)
+                if isinstance(said, Generated):
+                    del under_way[index]
+                yield index, said
+        finally:
+            self.live.drop(list(under_way.values()))
+
+
+async def unless_gone(request: requests.Request, answering: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """The answer; given up where nobody waits for it any more."""
+    task = asyncio.ensure_future(answering)
+    while not task.done():
+        await asyncio.wait([task], timeout=0.5)
+        if not task.done() and await request.is_disconnected():
+            task.cancel()
+            raise Refused("the caller has gone", status=499)
+    return task.result()
+
+
+async def no_such_path(request: requests.Request, _: Exception) -> Response:
+    paths = "/v1/chat/completions, /v1/completions, /v1/models"
+    return refusal(Refused(f"{request.url.path}: no such path; there are {paths}", status=404))
+
+
+def refusal(e: Refused) -> JSONResponse:
+    return JSONResponse(replies.failed(str(e), e.status, e.param), e.status)
