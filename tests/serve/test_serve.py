@@ -152,9 +152,10 @@ def test_completions_and_their_log_probs(desk, url):
         number = choice["index"] % 2
         drawn = {"max_new_tokens": 5, "temperature": 1.0, "seed": 4, "tokenizer": tokenizer}
         expected = desk.engine.generate([*[[1]] * number, row], **drawn)[-1]
-        (scored,) = desk.engine.score([row], [expected.ids], top=3)
+        new = [*expected.ids, *([] if expected.stop_id is None else [expected.stop_id])]
+        (scored,) = desk.engine.score([row], [new], top=3)
         told = choice["logprobs"]
-        assert choice["text"] == expected.text and told["tokens"] == [tokenizer.decode([i]) for i in expected.ids]
+        assert choice["text"] == expected.text and told["tokens"] == [tokenizer.decode([i]) for i in new]
         np.testing.assert_allclose(told["token_logprobs"], scored.logps, atol=1e-5)
         for i, (token, alternatives) in enumerate(zip(told["tokens"], told["top_logprobs"])):  # bytes alone may read alike
             assert max(alternatives.values()) == pytest.approx(float(scored.top_logps[i, 0]), abs=1e-5)
