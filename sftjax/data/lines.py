@@ -6,12 +6,13 @@ Only `\\n` ends a line here; the other characters that Unicode calls line breaks
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, Self, TextIO, cast
 
 from sftjax.config import UserError
 from sftjax.data.example import RowError
@@ -98,6 +99,41 @@ def whole(target: Path) -> Iterator[TextIO]:
         raise UserError(f"--out={target}: cannot be written ({e.strerror or e})") from e
     finally:
         part.unlink(missing_ok=True)
+
+
+class Journal:
+    """JSON objects, a line each, that outlast the program: `with Journal(path) as journal: journal.add({...})`.
+
+    `held` is what was there. A last line that a kill left half-written is as good as absent.
+    """
+
+    def __init__(self, path: Path):
+        raw = path.read_bytes() if path.exists() else b""
+        self.held: list[dict[str, Any]] = []
+        for line in raw.split(b"\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                self.held.append(row)
+        self.file = path.open("ab", buffering=0)  # a line is with the kernel when it is written
+        if raw and not raw.endswith(b"\n"):
+            self.file.write(b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def clear(self) -> None:
+        if self.held:
+            self.held.clear()
+            self.file.truncate(0)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
 
 
 def not_utf8(byte: int, offset: int) -> RowError:

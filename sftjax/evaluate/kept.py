@@ -2,7 +2,7 @@
 
     answers.jsonl  {"key": sha256 of (model by content, prompt, options), "text": ..., "stopped": ..., tokens, seconds}
 
-A refused row cost nothing and is asked again. A last line that a kill left half-written is as good as absent.
+A refused row cost nothing and is asked again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from sftjax.config import UserError
 from sftjax.data.chat import as_dict
+from sftjax.data.lines import Journal
 from sftjax.evaluate.endpoint import Reply
 from sftjax.evaluate.prompts import Ask
 from sftjax.train.run import full_disk
@@ -25,25 +26,21 @@ class Kept:
 
     def __init__(self, path: Path):
         self.path = path
+        with full_disk(path.parent):
+            self.journal = Journal(path)
         self.replies: dict[str, Reply] = {}
-        raw = path.read_bytes() if path.exists() else b""
-        for line in raw.split(b"\n"):
+        for held in self.journal.held:
             try:
-                held = json.loads(line)
                 key = held.pop("key")
                 self.replies[key] = Reply(**held)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # half a line
-        with full_disk(path.parent):
-            self.file = path.open("ab", buffering=0)  # a line is with the kernel when it is written
-            if raw and not raw.endswith(b"\n"):
-                self.file.write(b"\n")
+            except (TypeError, KeyError):
+                continue  # somebody else's
 
     def __enter__(self) -> Kept:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        self.journal.file.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self.replies
@@ -51,9 +48,8 @@ class Kept:
     def __setitem__(self, key: str, reply: Reply) -> None:
         self.replies[key] = reply
         if reply.refused is None:
-            line = {"key": key, **{name: value for name, value in asdict(reply).items() if name != "refused"}}
             with full_disk(self.path.parent):
-                self.file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
+                self.journal.add({"key": key, **{name: value for name, value in asdict(reply).items() if name != "refused"}})
 
 
 def key(identity: str, ask: Ask, options: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -87,9 +87,11 @@ class Engine:
         seed: int = 0,
         batch_size: int = 32,
         draft_tokens: int = 0,
+        done: Container[int] = (),
         **sampling: Any,
     ) -> Iterator[tuple[int, Generated]]:
-        """(row, answer) as answers are done. `sampling` is what `sampling.choose` takes; greedy by default.
+        """(row, answer) as answers are done, but for rows that are `done` already. `sampling` is what `sampling.choose` takes;
+        greedy by default.
 
         `batch_size` rows go on together; the next prompt takes the place of an answer that ends. Prompts of like length
         start together, within WINDOW batches that follow each other in order. `draft_tokens` are guessed and checked in one
@@ -106,7 +108,7 @@ class Engine:
         waiting: deque[int] = deque()
         for start in range(0, len(prompts), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(prompts)))
-            waiting += sorted(window, key=lambda i: len(prompts[i]))
+            waiting += sorted((i for i in window if i not in done), key=lambda i: len(prompts[i]))
 
         def writer(row: int) -> Writer | None:
             return Writer(tokenizer, stop_strings, prompts[row]) if tokenizer else None

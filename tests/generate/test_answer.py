@@ -44,18 +44,67 @@ def test_a_wrong_option_loses_no_earlier_answers(toy, tmp_path, wrong):
     assert out.read_text() == "mine"
 
 
-def test_answers_that_end_early_leave_no_file(toy, tmp_path, monkeypatch):
-    out = tmp_path / "answers.jsonl"
-    each = Engine.each
+@pytest.mark.parametrize("at", [1, 5, 71])
+def test_killed_and_run_again_is_uninterrupted(toy, tmp_path, monkeypatch, capsys, at):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    options = {"data": str(toy.data), "max_new_tokens": 4, "temperature": 1.0, "seed": 3, "batch_size": 8}
+    run_generate(str(toy.base), out=str(whole), **options)
+    each, asked = Engine.each, []
 
-    def cut(*args, **options):
-        yield next(each(*args, **options))
-        raise KeyboardInterrupt
+    def cut(*args, done=None, **more):
+        answers = each(*args, done=done or (), **more)
+        for n, answer in enumerate(answers):
+            if done is not None and n == at:
+                raise KeyboardInterrupt
+            yield answer
+
+    def counted(*args, done=None, **more):
+        for answer in each(*args, done=done or (), **more):
+            asked.append(answer)
+            yield answer
 
     monkeypatch.setattr(Engine, "each", cut)
     with pytest.raises(KeyboardInterrupt):
-        run_generate(str(toy.base), data=str(toy.data), out=str(out), max_new_tokens=2)
-    assert not list(tmp_path.iterdir())
+        run_generate(str(toy.base), out=str(out), **options)
+    rest = [path.name for path in tmp_path.iterdir() if path != whole]
+    assert rest == [".answers.jsonl.kept"] and f"{at} of 72 answers are kept" in " ".join(capsys.readouterr().err.split())
+    with (tmp_path / rest[0]).open("ab") as file:
+        file.write(b'{"row": 70, "li')  # as a kill leaves it
+    monkeypatch.setattr(Engine, "each", counted)
+    run_generate(str(toy.base), out=str(out), **options)
+    assert out.read_bytes() == whole.read_bytes() and len(asked) == 72 - at
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "answers.jsonl"}
+
+
+def test_what_was_kept_of_another_question_is_not_used(toy, tmp_path, monkeypatch):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    each = Engine.each
+
+    def cut(*args, done=None, **more):
+        answers = each(*args, done=done or (), **more)
+        yield from answers if done is None else [next(answers)]
+        raise KeyboardInterrupt
+
+    first = {"max_new_tokens": 20, "seed": 1, "temperature": 2.0}
+    for rows, options in [
+        ('{"prompt": "six"}\n{"prompt": "two"}\n', first),
+        (None, first | {"seed": 2}),
+        (None, first | {"max_new_tokens": 6}),
+        (None, first | {"quantize": "nf4"}),
+    ]:
+        monkeypatch.setattr(Engine, "each", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_generate(str(toy.base), data=str(data), out=str(out), **first)
+        monkeypatch.setattr(Engine, "each", each)
+        kept = json.loads((tmp_path / ".answers.jsonl.kept").read_text().splitlines()[0])
+        if rows:
+            data.write_text(rows)
+        run_generate(str(toy.base), data=str(data), out=str(out), **options)
+        other = tmp_path / "other.jsonl"
+        run_generate(str(toy.base), data=str(data), out=str(other), **options)
+        assert out.read_bytes() == other.read_bytes() and kept
+        out.unlink(), other.unlink()
 
 
 def test_rows_that_cannot_be_asked_are_named_before_anything_is_written(toy, tmp_path):
