@@ -11,6 +11,7 @@ from sftjax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 

@@ -50,14 +50,22 @@ class Name:
 
 
 def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
-    """`{path of our leaf: its Name}` for every leaf the config has. `modules` are a family's own names for a layer's modules."""
+    """`{path of our leaf: its Name}` for every leaf the config has. `modules` are a family's own names for a layer's modules.
+
+    By the path of a leaf (mlp/experts/down/bias) they name a tensor of each layer that is no module's weight or bias, and has our
+    order of axes.
+    """
     called = {**MODULES, **CHECKPOINT, **modules}
     table = {}
     for path, leaf in tree.flatten(shapes(config)).items():
         node, _, kind = path.rpartition("/")
-        layered, module = node.startswith("layers/"), called[node.removeprefix("layers/")]
-        lead = 0 if not layered else 2 if "experts/" in node else 1
+        layered = node.startswith("layers/")
         prefix = "model.layers.{}." if layered else "" if node in ("head", "score") else "model."
+        if whole := modules.get(path.removeprefix("layers/")):
+            table[path] = Name(f"{prefix}{whole}", leaf.shape[1:], stacked=leaf.shape[:1])
+            continue
+        module = called[node.removeprefix("layers/")]
+        lead = 0 if not layered else 2 if "experts/" in node else 1
         suffix = "bias" if kind == "bias" else "weight"
         table[path] = Name(f"{prefix}{module}.{suffix}", leaf.shape[lead:], kind == "kernel", leaf.shape[:lead])
     return table
