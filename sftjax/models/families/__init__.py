@@ -58,8 +58,8 @@ def family_of(raw: dict[str, Any]) -> Family:
     if classes not in [[known] for known in family.classes]:
         needs = " or ".join(family.classes)
         raise UserError(f"architectures={classes} is not supported for model_type {kind!r}; it needs {needs}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    method = (raw.get("quantization_config") or {}).get("quant_method", "unknown")
+    if raw.get("quantization_config") and method not in family.packings:
         raise UserError(f"quantization_config (quant_method {method!r}) is not supported; use the unquantised checkpoint")
     return family
 

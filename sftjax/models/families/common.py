@@ -72,8 +72,8 @@ def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
 
 
 def config_to_hf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json with what training may have changed: the vocabulary's size."""
-    return source | {"vocab_size": config.vocab}
+    """The source's config.json with what training may have changed: the vocabulary's size, and what was in few bits is no more."""
+    return {key: value for key, value in source.items() if key != "quantization_config"} | {"vocab_size": config.vocab}
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Family:
     config_from_hf: Callable[[dict[str, Any]], DecoderConfig]
     modules: Mapping[str, str] = field(default_factory=dict)  # where its tensors are called otherwise than `targets.MODULES`
     config_to_hf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = config_to_hf
+    packings: tuple[str, ...] = ()  # `quant_method` of checkpoints in few bits that `hf.load` reads
     classifier: str | None = ""  # the class with a score head; "" = called alike, None = transformers has none
 
     @property

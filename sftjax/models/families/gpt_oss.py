@@ -40,4 +40,4 @@ def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     return replace(config, qkv_bias=bias, o_bias=bias, sinks=True, windows=windows(kinds, window(raw)), experts=experts)
 
 
-FAMILY = Family("GptOssForCausalLM", config_from_hf, MODULES)
+FAMILY = Family("GptOssForCausalLM", config_from_hf, MODULES, packings=("mxfp4",))
