@@ -220,6 +220,7 @@ MIX = config(
     ropes=(Rope(100.0), Rope(), None),
     post_norms=True,
     norm_offset=True,
+    sinks=True,
     attn_softcap=3.0,
     logit_softcap=5.0,
     embed_scale=3.0,
