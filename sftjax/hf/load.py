@@ -2,8 +2,8 @@
 
     model.layers.{0..L-1}.self_attn.q_proj.weight, each [out, in]  ->  layers/attn/q/kernel [L, in, out]
 
-Every shard of a leaf is assembled from just the bytes it needs; the host holds one leaf at a time. What is stored in MXFP4 is read
-as bfloat16.
+Every shard of a leaf is assembled from just the bytes it needs; the host holds one leaf at a time. What is stored in MXFP4 is
+read as bfloat16.
 """
 
 from __future__ import annotations

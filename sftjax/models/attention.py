@@ -2,14 +2,14 @@
 
     o_t = sum_s softmax_s(scale * q_t . k_s) v_s    over s <= t, segment(s) = segment(t), t - s < window
 
-A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). A sink is a logit of its head's
-own beside the scores, with nothing to say: what the softmax gives it no key gets (arXiv:2309.17453, section 3.3). With lse the
-log-sum-exp of the scores alone, o becomes o * exp(lse) / (exp(lse) + exp(sink)), whichever way it was computed. On a TPU `models.splash` does
-all this, on NVIDIA GPUs `models.flash` what cuDNN can. Elsewhere queries go in chunks, which see only the keys before their
-own end (and within the window), so causality halves the work. The backward pass recomputes the probabilities of a chunk from
-the saved log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4). Long rows go as `blocks` says; where a mesh
-splits rows, `_whole_rows` brings their parts together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H
-head, C chunk.
+A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). A sink is a logit of its
+head's own beside the scores, with nothing to say: what the softmax gives it no key gets (arXiv:2309.17453, section 3.3). With
+lse the log-sum-exp of the scores alone, o becomes o * exp(lse) / (exp(lse) + exp(sink)), whichever way it was computed. On a
+TPU `models.splash` does all this, on NVIDIA GPUs `models.flash` what cuDNN can. Elsewhere queries go in chunks, which see only
+the keys before their own end (and within the window), so causality halves the work. The backward pass recomputes the
+probabilities of a chunk from the saved log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4). Long rows go as
+`blocks` says; where a mesh splits rows, `_whole_rows` brings their parts together. Letters: B batch, T query, S key, N heads, K
+kv heads, G = N / K, H head, C chunk.
 """
 
 from __future__ import annotations

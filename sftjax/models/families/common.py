@@ -72,8 +72,11 @@ def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
 
 
 def config_to_hf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json with what training may have changed: the vocabulary's size, and what was in few bits is no more."""
-    return {key: value for key, value in source.items() if key != "quantization_config"} | {"vocab_size": config.vocab}
+    """The source's config.json with what training may have changed: the vocabulary's size, and what was packed is bfloat16."""
+    out = source | {"vocab_size": config.vocab}
+    if out.pop("quantization_config", None) and not {"dtype", "torch_dtype"} & set(out):
+        out["torch_dtype"] = "bfloat16"
+    return out
 
 
 @dataclass(frozen=True)
