@@ -58,8 +58,8 @@ def unpacked(tensors: Mapping[str, Stored]) -> dict[str, Stored | Packed]:
     blocks, scales = MXFP4
     out: dict[str, Stored | Packed] = dict(tensors)
     for name in [name.removesuffix(scales) for name in tensors if name.endswith(scales)]:
-        pair = tensors.get(name + blocks), tensors[name + scales]
-        if pair[0] and len(pair[1].shape) == 3 and pair[0].shape == (*pair[1].shape, BLOCK // 2):
+        codes, powers = tensors.get(name + blocks), tensors[name + scales]
+        if codes and len(powers.shape) == 3 and codes.shape == (*powers.shape, BLOCK // 2):
             del out[name + blocks], out[name + scales]
-            out[name] = Packed(*pair)
+            out[name] = Packed(codes, powers)
     return out

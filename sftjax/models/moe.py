@@ -123,8 +123,11 @@ def _sharded(c: DecoderConfig, x: Array, choices: Array, weights: Array, kernels
             split += (axis,)
     tokens, shards = P(sharding.BATCH, split or None, None), mesh.shape[sharding.EXPERT]
     held = tuple(  # whole but for the experts: what is quantised travels as its codes
-        Linear(sharding.parts(w, ("expert", None, None), lambda axes: P(*map(sharding.RULES.get, axes))), P(sharding.EXPERT))
-        for w, _ in kernels
+        Linear(
+            sharding.parts(kernel, ("expert", None, None), lambda axes: P(*map(sharding.RULES.get, axes))),
+            P(sharding.EXPERT),  # type: ignore[arg-type]  # of the form of what it places
+        )
+        for kernel, _ in kernels
     )
 
     def local(x: Array, choices: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
