@@ -131,8 +131,9 @@ def cached_attention(
     scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED).reshape(B, K, G * T, S)
     top = scores.max(-1, keepdims=True)
     e = jnp.exp(scores - top)
+    y = jnp.einsum("bkms,bksh->bkmh", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
     total = e.sum(-1, keepdims=True)
-    y = jnp.einsum("bkms,bksh->bkmh", e.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    y /= total
     if sinks is not None:
         y *= _heard(top + jnp.log(total), jnp.repeat(sinks, T).reshape(K, G * T, 1))
     return y.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(v.dtype)

@@ -16,6 +16,8 @@ from sftjax.hf.mxfp4 import Packed, unpacked
 from sftjax.hf.save import save
 from sftjax.hf.tensors import read, read_dir
 from sftjax.hf.verify import score
+from sftjax.models.families import config_from_hf, config_to_hf
+from sftjax.plan.step import checkpoint_dtype
 from sftjax.weights import quantize
 
 PACKED = ("gate_up_proj", "down_proj")
@@ -120,3 +122,11 @@ def test_half_of_a_pair_is_named(tmp_path, packed):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj missing"):
         load(tmp_path)
+
+
+def test_where_no_dtype_is_named_it_is_bfloat16(packed, tmp_path):
+    raw = read_json(packed / "config.json")
+    del raw["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert checkpoint_dtype(tmp_path) == jnp.bfloat16
+    assert config_to_hf(config_from_hf(raw), raw)["torch_dtype"] == "bfloat16"
