@@ -152,7 +152,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, sinks: 
 
 
 def _flash(q: Array, k: Array, v: Array, segments: Array, which: Array, sinks: Array | None = None, *, how: How) -> Array:
-    if sinks is not None or not flash.serves(q, how):  # cuDNN keeps its log-sum-exp to itself
+    if sinks is not None or not flash.serves(q, how):  # cuDNN knows no sinks
         return _attention(q, k, v, segments, which, sinks, how=how)
     whole = how._replace(windows=(None,))  # no window that it serves hides anything
     otherwise = lambda q, k, v, s: _attention(q, k, v, s, jnp.zeros((), jnp.int32), how=whole)  # noqa: E731

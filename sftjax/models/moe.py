@@ -1,6 +1,6 @@
 """A mixture of experts in the MLP's place: a router gives each token to a few of many gated MLPs.
 
-    p = softmax(x @ router);  y = sum over the k largest p_e of p_e * down_e(act(gate_e x) * up_e x)
+    p = softmax(router x);  y = sum over the k largest p_e of p_e * down_e(act(gate_e x) * up_e x)
 
 arXiv:2101.03961, 2401.04088. Every token reaches all its experts, whatever the others chose: there is no capacity. Letters:
 M tokens, E experts, k of them active, R rows sorted by expert (`weights.grouped`).
@@ -35,7 +35,7 @@ from sftjax import sharding
 from sftjax.models.config import DecoderConfig
 from sftjax.models.layers import ACTIVATIONS, MLP, Dense, parameter
 from sftjax.weights import kinds
-from sftjax.weights.grouped import Groups, collect, group, group_turn, ranked, shift, spread
+from sftjax.weights.grouped import Groups, biased, collect, group, group_turn, ranked, spread
 
 SPARE = 1.25  # rows of a turn over those of a device whose experts are as popular as others'
 
@@ -56,7 +56,7 @@ class Linear(NamedTuple):
 
     def __call__(self, rows: Array, key: Array | None, groups: Groups) -> Array:
         y = kinds.matmul(rows, self.kernel, key, groups)
-        return checkpoint_name(y if self.bias is None else shift(y, self.bias, groups), "product")
+        return checkpoint_name(y if self.bias is None else biased(y, self.bias, groups), "product")
 
 
 class Parameters(nn.Module):

@@ -136,8 +136,8 @@ def _product_bwd(residuals, dy):
 product.defvjp(_product_fwd, _product_bwd)
 
 
-def shift(y: Array, bias: Array, groups: Groups) -> Array:
-    """y [R, out] with the bias [E, out] of each row's expert added. By blocks: backward a row each would be summed one by one."""
+def biased(y: Array, bias: Array, groups: Groups) -> Array:
+    """y [R, out] + bias [E, out], of each row's expert. By blocks: by rows the gradient would be a scatter, row by row."""
     return (_blocks(y, groups) + bias[groups.expert][:, None].astype(y.dtype)).reshape(y.shape)
 
 
