@@ -18,7 +18,7 @@ from sftjax import sharding, tree
 from sftjax.config import UserError, default
 from sftjax.losses import dpo, masked_xent, neftune
 from sftjax.models import moe
-from sftjax.models.config import Experts
+from sftjax.models.config import Clamp, Experts
 from sftjax.models.decoder import Decoder, forward
 from sftjax.plan import flops
 from sftjax.tasks.job import check_batch
@@ -31,14 +31,22 @@ from sftjax.weights.targets import match
 from sftjax.weights.tokens import tokens
 
 CONFIG = config(
-    layers=2, kv_heads=4, qkv_bias=True, qk_norm="all", windows=(7, None), post_norms=True, attn_softcap=3.0, logit_softcap=5.0
+    layers=2,
+    kv_heads=4,
+    qkv_bias=True,
+    qk_norm="all",
+    windows=(7, None),
+    post_norms=True,
+    sinks=True,
+    attn_softcap=3.0,
+    logit_softcap=5.0,
 )
 ROWS = [[20], [9, 8], [3], [-4, 12], [6, 6, 6], [20], [], [17]]
 BATCH = batch(ROWS, 20)
 TIED = replace(CONFIG, tied=True)
 BLOCKS = config(width=128, mlp_width=128, layers=2, kv_heads=2, head_dim=32)  # a half has whole blocks of 64 in every dimension
 TARGETS = "q_proj,o_proj,down_proj,lm_head"
-MIXED = replace(CONFIG, experts=Experts(4, 2, 16, shared=8))
+MIXED = replace(CONFIG, experts=Experts(4, 2, 16, shared=8, bias=True, fused=True, clamp=Clamp(1.7, 0.5)))
 MIXED_BLOCKS = replace(BLOCKS, experts=Experts(4, 2, 128))
 
 
@@ -275,7 +283,8 @@ def share_of_experts(mesh, choices):
     c = replace(CONFIG, experts=Experts(4, 2, 16))
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.standard_normal((8, 20, n)), jnp.float32) for n in (c.width, 2))
-    kernels = tuple(params(c)["layers"]["mlp"]["experts"][name]["kernel"][0] for name in ("gate", "up", "down"))
+    experts = params(c)["layers"]["mlp"]["experts"]
+    kernels = tuple(moe.Linear(experts[name]["kernel"][0], None) for name in ("gate", "up", "down"))
 
     def loss(x, weights, kernels):
         return jnp.square(moe._sharded(c, x, choices, weights, kernels, None)).sum()

@@ -2,7 +2,8 @@
 
     model.layers.{0..L-1}.self_attn.q_proj.weight, each [out, in]  ->  layers/attn/q/kernel [L, in, out]
 
-Every shard of a leaf is assembled from just the bytes it needs; the host holds one leaf at a time.
+Every shard of a leaf is assembled from just the bytes it needs; the host holds one leaf at a time. What is stored in MXFP4 is
+read as bfloat16.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sftjax import sharding, tree
 from sftjax.config import UserError
+from sftjax.hf.mxfp4 import Packed, unpacked
 from sftjax.hf.tensors import Stored, read_dir
 from sftjax.models.config import DecoderConfig
 from sftjax.models.families import Family, Name, config_from_hf, family_of
@@ -117,7 +119,7 @@ def load_params(
     """
     directory = Path(directory)
     names = load_family(directory).names(config)
-    stored = read_dir(directory)
+    stored = unpacked(read_dir(directory))
     _check(directory, config, names, stored)
     places = {} if shardings is None else tree.flatten(shardings)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -129,7 +131,7 @@ def load_params(
     return tree.unflatten(leaves)
 
 
-def _check(directory: Path, config: DecoderConfig, names: dict[str, Name], stored: dict[str, Stored]) -> None:
+def _check(directory: Path, config: DecoderConfig, names: dict[str, Name], stored: dict[str, Stored | Packed]) -> None:
     expected = {hf: name for name in names.values() for hf in name.hf()}
     if missing := [hf for hf in expected if hf not in stored]:
         raise UserError(f"{directory}: {_some(missing)} missing from the checkpoint, though its config.json asks for them")
@@ -152,7 +154,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 3} more tensors" if len(names) > 3 else shown
 
 
-def _leaf(name: Name, parts: list[Stored], place: Any, dtype: Any) -> jax.Array:
+def _leaf(name: Name, parts: list[Stored | Packed], place: Any, dtype: Any) -> jax.Array:
     """One leaf from its tensors. Each device's shard is assembled when jax asks for it, and handed over uncopied."""
     dtype = np.dtype(dtype or functools.reduce(jnp.promote_types, [p.dtype for p in parts]))
     lead, shape = len(name.stacked), (*name.stacked, *name.shape)
@@ -161,14 +163,16 @@ def _leaf(name: Name, parts: list[Stored], place: Any, dtype: Any) -> jax.Array:
         out = _aligned(tuple(len(range(*s.indices(n))) for s, n in zip(index, shape)), dtype)
         wanted = np.arange(len(parts)).reshape(name.stacked)[index[:lead]]
         for at, part in np.ndenumerate(wanted):
-            view = parts[part].view()
-            _copy((view.T if name.transposed else view)[index[lead:]], out[at])
+            own = index[lead:]
+            _copy(parts[part].take(own[::-1]).T if name.transposed else parts[part].take(own), out[at])
         return out
 
     return jax.make_array_from_callback(shape, place, shard)
 
 
-def _quantised(path: str, name: Name, parts: list[Stored], place: Any, quantise: Callable[[jax.Array], Quantised]) -> Quantised:
+def _quantised(
+    path: str, name: Name, parts: list[Stored | Packed], place: Any, quantise: Callable[[jax.Array], Quantised]
+) -> Quantised:
     """The stack [L, ...] of layers' kernels, each quantised before the next is read."""
     (layers, *experts), stacked = name.stacked, place
     one = replace(name, stacked=tuple(experts))

@@ -58,6 +58,8 @@ def added(params: Any, config: DecoderConfig, vocab: int, saved: Collection[str]
                 "or train attention alone: --config.lora.targets=q_proj,k_proj,v_proj,o_proj"
             )
         if node in nodes:  # a bias goes with its kernel: PEFT saves modules
+            if node == "layers/attn/sinks":
+                raise UserError(f"{name} is a tensor and no module, and PEFT saves only modules; use --to=hf")
             if isinstance(w, Kind):
                 raise UserError(f"of {name} a part trained as a whole, which PEFT has no form for; use --to=hf")
             out.whole[path] = w

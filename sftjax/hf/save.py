@@ -1,14 +1,14 @@
 """Parameters -> a Hugging Face checkpoint that transformers, vLLM and the like read: weights merged, tokenizer beside them.
 
 The mirror of `load`: layers unstacked, kernels transposed back, one tensor on the host at a time. A tensor that training
-did not touch is copied from the source's own bytes.
+did not touch is copied from the source's own bytes. Of MXFP4 comes bfloat16.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from sftjax import tree
 from sftjax.config import UserError
 from sftjax.hf.load import load_family, read_json
+from sftjax.hf.mxfp4 import Packed, unpacked
 from sftjax.hf.staging import staged
 from sftjax.hf.tensors import Stored, Tensor, read_dir, write_dir
 from sftjax.models.config import DecoderConfig
@@ -58,7 +59,7 @@ def save(
     """
     source = Path(source)
     names = load_family(source).names(config)
-    stored = read_dir(source) if any(source.glob("*.safetensors")) else {}
+    stored = unpacked(read_dir(source)) if any(source.glob("*.safetensors")) else {}
     leaves = tree.flatten(params)
     if strange := set(leaves) ^ set(names):
         raise UserError(f"{sorted(strange)[0]} does not fit the checkpoint's config.json")
@@ -74,7 +75,7 @@ def save(
             check(tmp)
 
 
-def _tensors(name: Name, leaf: Any, stored: dict[str, Stored], dtype: Any, untouched: bool) -> dict[str, Tensor]:
+def _tensors(name: Name, leaf: Any, stored: Mapping[str, Stored | Packed], dtype: Any, untouched: bool) -> dict[str, Tensor]:
     out = {}
     shape = name.shape[::-1] if name.transposed else name.shape
     for hf, index in zip(name.hf(), np.ndindex(name.stacked)):
@@ -89,7 +90,7 @@ def _tensors(name: Name, leaf: Any, stored: dict[str, Stored], dtype: Any, untou
     return out
 
 
-def _stored(old: Stored, dtype: np.dtype) -> np.ndarray:
+def _stored(old: Stored | Packed, dtype: np.dtype) -> np.ndarray:
     return old.view().astype(dtype, copy=False)
 
 

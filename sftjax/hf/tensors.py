@@ -22,6 +22,7 @@ from sftjax.config import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+MXFP4 = "_blocks", "_scales"  # ends of names whose tensors may be bytes: `hf.mxfp4` makes one of two
 MAX_HEADER = 100_000_000  # the format's own bound
 INDEX = "model.safetensors.index.json"
 
@@ -38,6 +39,10 @@ class Stored:
     def view(self) -> np.ndarray:
         """The tensor, mapped and read-only; unmapped as soon as nothing refers to it."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
+
+    def take(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The tensor's part at `index`, a slice for each axis."""
+        return self.view()[index]
 
 
 def read(file: Path) -> dict[str, Stored]:
@@ -59,9 +64,10 @@ def read(file: Path) -> dict[str, Stored]:
 
 
 def _stored(file: Path, name: str, entry: dict[str, Any], start: int, length: int) -> Stored:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"{file}: {name} is {entry['dtype']}; supported are {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    known = DTYPES | ({"U8": np.dtype(np.uint8)} if name.endswith(MXFP4) else {})
+    if entry["dtype"] not in known:
+        raise UserError(f"{file}: {name} is {entry['dtype']}; supported are {', '.join(known)}")
+    dtype, shape = known[entry["dtype"]], tuple(entry["shape"])
     first, last = entry["data_offsets"]
     if last - first != dtype.itemsize * math.prod(shape):
         raise UserError(

@@ -2,12 +2,14 @@
 
     o_t = sum_s softmax_s(scale * q_t . k_s) v_s    over s <= t, segment(s) = segment(t), t - s < window
 
-A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). On a TPU `models.splash` does
-all this, on NVIDIA GPUs `models.flash` what cuDNN can. Elsewhere queries go in chunks, which see only the keys before their
-own end (and within the window), so causality halves the work. The backward pass recomputes the probabilities of a chunk from
-the saved log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4). Long rows go as `blocks` says; where a mesh
-splits rows, `_whole_rows` brings their parts together. Letters: B batch, T query, S key, N heads, K kv heads, G = N / K, H
-head, C chunk.
+A soft cap makes scores cap * tanh(score / cap) before the softmax (arXiv:2408.00118, section 2). A sink is a logit of its
+head's own beside the scores, with nothing to say: what the softmax gives it no key gets (arXiv:2309.17453, section 3.3). With
+lse the log-sum-exp of the scores alone, o becomes o * exp(lse) / (exp(lse) + exp(sink)), whichever way it was computed. On a
+TPU `models.splash` does all this, on NVIDIA GPUs `models.flash` what cuDNN can. Elsewhere queries go in chunks, which see only
+the keys before their own end (and within the window), so causality halves the work. The backward pass recomputes the
+probabilities of a chunk from the saved log-sum-exp, as FlashAttention does (arXiv:2205.14135, algorithm 4). Long rows go as
+`blocks` says; where a mesh splits rows, `_whole_rows` brings their parts together. Letters: B batch, T query, S key, N heads, K
+kv heads, G = N / K, H head, C chunk.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def attention(
     which: Array | None = None,
     scale: float,
     softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
-    """q [B, T, N, H], k and v [B, T, K, H], segments [B, T] -> [B, T, N, H] in q's dtype.
+    """q [B, T, N, H], k and v [B, T, K, H], segments [B, T], sinks [N] -> [B, T, N, H] in q's dtype.
 
     A window counts the keys a query sees, its own included; None is all. `which` is the index of this layer's window. It is
     traced, so that one scan body serves layers of different windows; each is a branch of its own, which skips keys it can
@@ -53,7 +56,7 @@ def attention(
     which = jnp.zeros((), jnp.int32) if which is None else which
     mesh = sharding.mesh_in_use()
     if mesh is None:
-        return fn(q, k, v, segments, which)
+        return fn(q, k, v, segments, which, sinks)
     tensor, columns = mesh.shape[sharding.HEADS], sharding.columns(q.shape[1])
     if k.shape[2] % tensor:  # the kernels' columns may divide where heads do not
         raise UserError(
@@ -69,12 +72,13 @@ def attention(
     tokens = P(sharding.BATCH, sharding.along(q.shape[1]))
     each = P(*tokens, sharding.HEADS, None)
     local = fn if columns == 1 else partial(_whole_rows, fn, columns)
-    return jax.shard_map(local, mesh=mesh, in_specs=(each, each, each, tokens, P()), out_specs=each, check_vma=False)(
-        q, k, v, segments, which
-    )
+    specs = (each, each, each, tokens, P(), P(sharding.HEADS))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)(q, k, v, segments, which, sinks)
 
 
-def _whole_rows(fn: Callable[..., Array], columns: int, q: Array, k: Array, v: Array, segments: Array, which: Array) -> Array:
+def _whole_rows(
+    fn: Callable[..., Array], columns: int, q: Array, k: Array, v: Array, segments: Array, which: Array, sinks: Array | None
+) -> Array:
     """Attention of rows whose T positions lie on n devices, T/n on each: the devices exchange positions for heads.
 
         q [B, T/n, N, H]  ->  [B, T, N/n, H]  ->  fn, as on one device  ->  [B, T, N/n, H]  ->  [B, T/n, N, H]
@@ -94,7 +98,9 @@ def _whole_rows(fn: Callable[..., Array], columns: int, q: Array, k: Array, v: A
         whole = partial(jax.lax.all_gather, axis_name=sharding.SEQUENCE, axis=1, tiled=True)
         k, v = (whole(x)[:, :, queries * K // N] for x in (k, v))
     segments = jax.lax.all_gather(segments, sharding.SEQUENCE, axis=1, tiled=True)
-    return swap(fn(q, k, v, segments, which), split_axis=1, concat_axis=2)
+    if sinks is not None:
+        sinks = sinks.reshape(columns, -1)[jax.lax.axis_index(sharding.SEQUENCE)]
+    return swap(fn(q, k, v, segments, which, sinks), split_axis=1, concat_axis=2)
 
 
 def cached_attention(
@@ -107,8 +113,9 @@ def cached_attention(
     which: Array | None = None,
     scale: float,
     softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
-    """q [B, T, N, H] at positions [B, T] against one layer of a cache, k [B, K, H, S] and v [B, K, S, H].
+    """q [B, T, N, H] at positions [B, T] against one layer of a cache, k [B, K, H, S] and v [B, K, S, H]; sinks [N].
 
     Slot s holds position s; what lies beyond a query's position is not seen.
     """
@@ -122,21 +129,31 @@ def cached_attention(
     behind = positions[:, :, None] - jnp.arange(S)  # [B, T, S]
     seen = (behind >= 0) & (behind < window)
     scores = jnp.where(seen[:, None, None], scores.reshape(B, K, G, T, S), MASKED).reshape(B, K, G * T, S)
-    e = jnp.exp(scores - scores.max(-1, keepdims=True))
-    y = jnp.einsum("bkms,bksh->bkmh", e.astype(v.dtype), v, preferred_element_type=jnp.float32) / e.sum(-1, keepdims=True)
+    top = scores.max(-1, keepdims=True)
+    e = jnp.exp(scores - top)
+    y = jnp.einsum("bkms,bksh->bkmh", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    total = e.sum(-1, keepdims=True)
+    y /= total
+    if sinks is not None:
+        y *= _heard(top + jnp.log(total), jnp.repeat(sinks, T).reshape(K, G * T, 1))
     return y.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(v.dtype)
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
+def _heard(lse: Array, sink: Array) -> Array:
+    """The share of the softmax that is left to the keys: exp(lse) / (exp(lse) + exp(sink)), float32."""
+    return jax.nn.sigmoid(lse - sink.astype(jnp.float32))
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array, which: Array, sinks: Array | None, *, how: How) -> Array:
     def run(window: int | None) -> Array:
-        return splash(q, k, v, segments, window=window, scale=how.scale, softcap=how.softcap)
+        return splash(q, k, v, segments, sinks, window=window, scale=how.scale, softcap=how.softcap)
 
     return _in_window(how, which, run)
 
 
-def _flash(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
-    if not flash.serves(q, how):
-        return _attention(q, k, v, segments, which, how=how)
+def _flash(q: Array, k: Array, v: Array, segments: Array, which: Array, sinks: Array | None = None, *, how: How) -> Array:
+    if sinks is not None or not flash.serves(q, how):  # cuDNN knows no sinks
+        return _attention(q, k, v, segments, which, sinks, how=how)
     whole = how._replace(windows=(None,))  # no window that it serves hides anything
     otherwise = lambda q, k, v, s: _attention(q, k, v, s, jnp.zeros((), jnp.int32), how=whole)  # noqa: E731
     return flash.flash(q, k, v, segments, scale=how.scale, otherwise=otherwise)
@@ -147,7 +164,7 @@ def _in_window(how: How, which: Array, run: Callable[[int | None], Any]) -> Any:
     return jax.lax.switch(which, [partial(run, window) for window in how.windows])
 
 
-def _attention(q: Array, k: Array, v: Array, segments: Array, which: Array, *, how: How) -> Array:
+def _attention(q: Array, k: Array, v: Array, segments: Array, which: Array, sinks: Array | None = None, *, how: How) -> Array:
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
@@ -156,10 +173,11 @@ def _attention(q: Array, k: Array, v: Array, segments: Array, which: Array, *, h
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
+    of_heads = None if sinks is None else sinks.astype(jnp.float32).reshape(K, G)
     one = partial(_heads, how)
 
     def row(q: Array, k: Array, v: Array, segments: Array) -> Array:  # [K, G, T, H], [K, T, H], [T]
-        return _each(lambda x: one(*x, segments, which), (q, k, v))
+        return _each(lambda x: one(*x, segments, which), (q, k, v, of_heads))
 
     o = _each(lambda x: row(*x), (q, k, v, segments))
     return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(dtype)
@@ -184,15 +202,18 @@ def _scores(how: How, window: int | None, q: Array, k: Array, segments: Array, t
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _heads(how, q, k, v, segments, which):
-    """One kv head and its G query heads: q [G, T, H], k and v [T, H] -> [G, T, H]."""
-    return _heads_fwd(how, q, k, v, segments, which)[0]
+def _heads(how, q, k, v, sinks, segments, which):
+    """One kv head and its G query heads: q [G, T, H], k and v [T, H], sinks [G] or None -> [G, T, H]."""
+    return _heads_fwd(how, q, k, v, sinks, segments, which)[0]
 
 
-def _heads_fwd(how, q, k, v, segments, which):
+def _heads_fwd(how, q, k, v, sinks, segments, which):
     o, lse = _in_window(how, which, lambda window: _forward(how, window, q, k, v, segments))
+    if sinks is not None:
+        sink = sinks[:, None, None]
+        o, lse = (o * _heard(lse, sink)).astype(o.dtype), jnp.logaddexp(lse, sink)
     q, k, v, o, lse = checkpoint_name((q, k, v, o, lse), "attention")
-    return o, (q, k, v, segments, which, o, lse)
+    return o, (q, k, v, sinks, segments, which, o, lse)
 
 
 def _forward(how, window, q, k, v, segments):
@@ -215,14 +236,21 @@ def _forward(how, window, q, k, v, segments):
 
 
 def _heads_bwd(how, residuals, do):
-    q, k, v, segments, which, o, lse = residuals
+    q, k, v, sinks, segments, which, o, lse = residuals
     gradients = _in_window(how, which, lambda window: _backward(how, window, q, k, v, segments, o, lse, do))
-    return *gradients, None, None
+    dsinks = None
+    if sinks is not None:  # its value is zero, so that of its score's gradient p * (0 - delta) is left
+        dsinks = -(jnp.exp(sinks[:, None, None] - lse) * _delta(o, do)).sum((1, 2))
+    return *gradients, dsinks, None, None
+
+
+def _delta(o, do):
+    return jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
 
 
 def _backward(how, window, q, k, v, segments, o, lse, do):
     """dq, dk and dv."""
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)  # [G, T, 1]
+    delta = _delta(o, do)
     if q.shape[1] > LONG:
         return blocks.backward(how, window, q, k, v, segments, lse, delta, do)
     # dk and dv are [H, T] until the end: as [T, H] they would have a CPU transpose the scores, not the queries

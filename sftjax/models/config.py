@@ -25,6 +25,14 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """A gated unit that cannot run away: with gate at most `limit` and up within it, gate * sigmoid(alpha * gate) * (up + 1)."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture in place of the MLP: a router gives each token to `active` of `number` experts, each a gated MLP."""
 
@@ -33,6 +41,9 @@ class Experts:
     width: int  # F of one expert
     normalise: bool = True  # the chosen experts' probabilities are made to sum to 1
     shared: int = 0  # F of an expert that every token has, weighed by a sigmoid of its own; 0 = none
+    bias: bool = False  # the router and the experts have biases
+    fused: bool = False  # gate and up are one kernel, whose columns are by turns the one's and the other's
+    clamp: Clamp | None = None  # the experts' gated unit, in place of act(gate) * up
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class DecoderConfig:
     rope: Rope = Rope()
     ropes: tuple[Rope | None, ...] = ()  # per layer, None = no positions; () = `rope` in all of them
     attn_scale: float | None = None  # of the scores; None = H ** -0.5
+    sinks: bool = False  # each head has a learned logit beside its scores, which takes its share and adds nothing
     attn_softcap: float | None = None  # scores become cap * tanh(scores / cap)
     logit_softcap: float | None = None  # and so do logits
     norm_eps: float = 1e-6

@@ -23,7 +23,7 @@ from sftjax import sharding
 from sftjax.data.batch import Batch
 from sftjax.models import attention
 from sftjax.models.config import DecoderConfig
-from sftjax.models.layers import MLP, Dense, Embed, RMSNorm, rope, rotate, scaled
+from sftjax.models.layers import MLP, Dense, Embed, RMSNorm, parameter, rope, rotate, scaled
 from sftjax.models.moe import Mixture, Routed
 from sftjax.weights import kinds
 
@@ -84,6 +84,17 @@ def which(each: tuple[Any, ...]) -> Array | None:
     return jnp.asarray([found.index(one) for one in each], jnp.int32) if len(found) > 1 else None
 
 
+class Sinks(nn.Module):
+    """A logit of each head's own, [N]: as a bias it stays frozen beside LoRA, and no decay pulls at it."""
+
+    heads: int
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return parameter(self, "bias", nn.initializers.normal(self.std), (self.heads,))
+
+
 class Attention(nn.Module):
     config: DecoderConfig
 
@@ -119,6 +130,7 @@ class Attention(nn.Module):
             "which": per_layer.window,
             "scale": c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale,
             "softcap": c.attn_softcap,
+            "sinks": Sinks(c.heads, c.init_std, name="sinks")() if c.sinks else None,
         }
         if cache is None:
             y = attention.attention(q, k, v, segments, **how)

@@ -2,10 +2,11 @@
 
 The same function as `models.attention`, by the same letters. From Hopper on the kernel takes a packed row as what it is, texts
 one after another, each with its offset and its length: a text is a run of equal segment ids, the padding one of them. How many
-a row may have is fixed when it is compiled, and dear: each has a place for a whole row in the kernel's grid and in its workspace,
-[texts, N, T, H] of float32 backward. So rows go one after another, and there are kernels for few and for many texts, TEXTS; a
-batch with more goes the other way, which the caller gives. Before Hopper the kernel knows no offsets, and serves batches whose
-rows hold one text each. Nothing is kept for the backward pass but q, k and v: the kernel's own statistics are [texts, N, T].
+a row may have is fixed when it is compiled, and dear: each has a place for a whole row in the kernel's grid and in its
+workspace, [texts, N, T, H] of float32 backward. So rows go one after another, and there are kernels for few and for many texts,
+TEXTS; a batch with more goes the other way, which the caller gives, and heads with sinks always do. Before Hopper the kernel
+knows no offsets, and serves batches whose rows hold one text each. Nothing is kept for the backward pass but q, k and v: the
+kernel's own statistics are [texts, N, T].
 
 Written against jax's source and lowered for CUDA in the tests; it has not been run on a GPU yet.
 """

@@ -1,6 +1,6 @@
 """A mixture of experts in the MLP's place: a router gives each token to a few of many gated MLPs.
 
-    p = softmax(x @ router);  y = sum over the k largest p_e of p_e * down_e(act(gate_e x) * up_e x)
+    p = softmax(router x);  y = sum over the k largest p_e of p_e * down_e(act(gate_e x) * up_e x)
 
 arXiv:2101.03961, 2401.04088. Every token reaches all its experts, whatever the others chose: there is no capacity. Letters:
 M tokens, E experts, k of them active, R rows sorted by expert (`weights.grouped`).
@@ -35,7 +35,7 @@ from sftjax import sharding
 from sftjax.models.config import DecoderConfig
 from sftjax.models.layers import ACTIVATIONS, MLP, Dense, parameter
 from sftjax.weights import kinds
-from sftjax.weights.grouped import Groups, collect, group, group_turn, ranked, spread
+from sftjax.weights.grouped import Groups, biased, collect, group, group_turn, ranked, spread
 
 SPARE = 1.25  # rows of a turn over those of a device whose experts are as popular as others'
 
@@ -48,29 +48,43 @@ class Routed(NamedTuple):
     tokens: Array
 
 
-class Kernel(nn.Module):
-    """A kernel for others to multiply with."""
+class Linear(NamedTuple):
+    """The experts' kernels [E, in, out] and, where they have them, biases [E, out]."""
 
-    shape: tuple[int, ...]
+    kernel: kinds.Weight
+    bias: Array | None
+
+    def __call__(self, rows: Array, key: Array | None, groups: Groups) -> Array:
+        y = kinds.matmul(rows, self.kernel, key, groups)
+        return checkpoint_name(y if self.bias is None else biased(y, self.bias, groups), "product")
+
+
+class Parameters(nn.Module):
+    """A Linear for others to apply."""
+
+    shape: tuple[int, int, int]
+    bias: bool
     std: float
 
     @nn.compact
-    def __call__(self) -> kinds.Weight:
-        return parameter(self, "kernel", nn.initializers.normal(self.std), self.shape)
+    def __call__(self) -> Linear:
+        E, _, out = self.shape
+        kernel = parameter(self, "kernel", nn.initializers.normal(self.std), self.shape)
+        return Linear(kernel, parameter(self, "bias", nn.initializers.zeros, (E, out)) if self.bias else None)
 
 
 class Kernels(nn.Module):
-    """The experts' own: gate and up [E, D, F], down [E, F, D]."""
+    """The experts' own: gate and up [E, D, F], or the two as one [E, D, 2F], and down [E, F, D]."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self) -> tuple[kinds.Weight, ...]:
+    def __call__(self) -> tuple[Linear, ...]:
         c, e = self.config, self.config.experts
         assert e
-        wide, narrow = (e.number, c.width, e.width), (e.number, e.width, c.width)
-        shapes = {"gate": wide, "up": wide, "down": narrow}
-        return tuple(Kernel(shape, c.init_std, name=name)() for name, shape in shapes.items())
+        wide = {"gate_up": 2 * e.width} if e.fused else {"gate": e.width, "up": e.width}
+        shapes = {name: (e.number, c.width, out) for name, out in wide.items()} | {"down": (e.number, e.width, c.width)}
+        return tuple(Parameters(shape, e.bias, c.init_std, name=name)() for name, shape in shapes.items())
 
 
 class Mixture(nn.Module):
@@ -83,7 +97,7 @@ class Mixture(nn.Module):
         c, e = self.config, self.config.experts
         assert e
         # float32: a probability rounded to bfloat16 would tie with its neighbour
-        probs = jax.nn.softmax(Dense(e.number, std=c.init_std, name="router")(x).astype(jnp.float32))
+        probs = jax.nn.softmax(Dense(e.number, e.bias, c.init_std, name="router")(x).astype(jnp.float32))
         weights, choices = jax.lax.top_k(probs, e.active)  # [B, T, k]
         if e.normalise:
             weights /= weights.sum(-1, keepdims=True)
@@ -109,7 +123,11 @@ def _sharded(c: DecoderConfig, x: Array, choices: Array, weights: Array, kernels
             split += (axis,)
     tokens, shards = P(sharding.BATCH, split or None, None), mesh.shape[sharding.EXPERT]
     held = tuple(  # whole but for the experts: what is quantised travels as its codes
-        sharding.parts(w, ("expert", None, None), lambda axes: P(*map(sharding.RULES.get, axes))) for w in kernels
+        Linear(
+            sharding.parts(kernel, ("expert", None, None), lambda axes: P(*map(sharding.RULES.get, axes))),
+            P(sharding.EXPERT),  # type: ignore[arg-type]  # of the form of what it places
+        )
+        for kernel, _ in kernels
     )
 
     def local(x: Array, choices: Array, weights: Array, kernels: Any, keys: Array | None) -> Array:
@@ -136,14 +154,28 @@ def _mixed(c: DecoderConfig, x: Array, weights: Array, groups: Groups, kernels: 
     """Of the choices that have a place among the groups' rows, their weighted sum by token."""
     e = c.experts
     assert e
-    gate, up, down = kernels
     for_gate, for_up, for_down = (None,) * 3 if keys is None else keys
     rows = spread(e.active, x.reshape(-1, c.width), groups)
-    gated = checkpoint_name(kinds.matmul(rows, gate, for_gate, groups), "product")
-    rows, gated = jax.lax.optimization_barrier((rows, gated))  # where kernels are dequantised, one of the two at a time
-    inner = ACTIVATIONS[c.activation](gated) * checkpoint_name(kinds.matmul(rows, up, for_up, groups), "product")
-    y = collect(checkpoint_name(kinds.matmul(inner, down, for_down, groups), "product"), groups)
+    if e.fused:
+        gate_up, down = kernels
+        both = gate_up(rows, for_gate, groups)
+        gated, raised = both[:, ::2], both[:, 1::2]
+    else:
+        gate, up, down = kernels
+        gated = gate(rows, for_gate, groups)
+        rows, gated = jax.lax.optimization_barrier((rows, gated))  # where kernels are dequantised, one of the two at a time
+        raised = up(rows, for_up, groups)
+    y = collect(down(_unit(c, gated, raised), for_down, groups), groups)
     return (y.reshape(*weights.shape, c.width) * weights[..., None]).sum(2)
+
+
+def _unit(c: DecoderConfig, gate: Array, up: Array) -> Array:
+    """The experts' gated unit."""
+    assert c.experts
+    if (clamp := c.experts.clamp) is None:
+        return ACTIVATIONS[c.activation](gate) * up
+    gate, up = jnp.minimum(gate, clamp.limit), jnp.clip(up, -clamp.limit, clamp.limit)
+    return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
 
 
 def _turns(c: DecoderConfig, shards: int, choices: Array) -> tuple[Array, Callable[..., Array]]:

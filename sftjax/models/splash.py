@@ -22,13 +22,14 @@ def splash(
     k: Array,
     v: Array,
     segments: Array,
+    sinks: Array | None = None,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
     interpret: bool = False,
 ) -> Array:
-    """q [B, T, N, H], k and v [B, T, K, H], segments [B, T] -> [B, T, N, H]. `interpret` runs it anywhere, slowly."""
+    """q [B, T, N, H], k and v [B, T, K, H], segments [B, T], sinks [N] -> [B, T, N, H]. `interpret` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -52,6 +53,7 @@ def splash(
     )
     q = scaled(q, scale).reshape(B, padded, K, N // K, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, T, H]
-    of_heads = jax.vmap(run, in_axes=(0, 0, 0, None))
-    o = jax.vmap(lambda q, k, v, s: of_heads(q, k, v, kernel.SegmentIds(s, s)))(q, k, v, segments)
+    by_kv_head = None if sinks is None else sinks.reshape(K, N // K)
+    of_heads = jax.vmap(run, in_axes=(0, 0, 0, None, 0))
+    o = jax.vmap(lambda q, k, v, s: of_heads(q, k, v, kernel.SegmentIds(s, s), by_kv_head))(q, k, v, segments)
     return o.transpose(0, 3, 1, 2, 4).reshape(B, padded, N, H)[:, :T]

@@ -152,9 +152,10 @@ def refuse_unplanned(config: ConfigDict) -> None:
 
 
 def checkpoint_dtype(directory: Path) -> Any:
-    """The dtype that a config.json says its weights have; float32 where it says nothing, as transformers takes it."""
+    """The dtype that a config.json says its weights have; float32 where it says nothing, as transformers takes it, and bfloat16
+    where they are packed."""
     raw = read_json(directory / "config.json")
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    name = raw.get("dtype") or raw.get("torch_dtype") or ("bfloat16" if raw.get("quantization_config") else "float32")
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"{directory / 'config.json'}: dtype={name!r} is none that can be read")
     return jnp.dtype(name)

@@ -136,6 +136,11 @@ def _product_bwd(residuals, dy):
 product.defvjp(_product_fwd, _product_bwd)
 
 
+def biased(y: Array, bias: Array, groups: Groups) -> Array:
+    """y [R, out] + bias [E, out], of each row's expert. By blocks: by rows the gradient would be a scatter, row by row."""
+    return (_blocks(y, groups) + bias[groups.expert][:, None].astype(y.dtype)).reshape(y.shape)
+
+
 def ragged(groups: Groups) -> bool:
     """Is it left to `jax.lax.ragged_dot`? A TPU has a kernel for it.
 

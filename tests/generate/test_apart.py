@@ -10,7 +10,7 @@ import tiny
 
 from sftjax.generate import apart
 from sftjax.generate.apart import put_together, take_apart
-from sftjax.models.config import Experts
+from sftjax.models.config import Clamp, Experts
 from sftjax.models.decoder import Decoder, forward, init_cache
 from sftjax.weights.lora import lora
 from sftjax.weights.select import cut
@@ -20,6 +20,9 @@ MODELS = {
     "norms of whole q and k": tiny.config(qk_norm="all"),
     "fused as it comes": tiny.config(fused_qkv=True, fused_mlp=True),
     "experts": tiny.config(experts=Experts(4, 2, 16, shared=16)),
+    "sinks, experts with biases": tiny.config(
+        qkv_bias=True, sinks=True, experts=Experts(4, 2, 16, bias=True, fused=True, clamp=Clamp(1.7, 0.5))
+    ),
 }
 BATCH = tiny.batch([[9], [5]], 9)
 

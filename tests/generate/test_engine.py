@@ -18,7 +18,7 @@ from sftjax.generate import flight as module
 from sftjax.generate.engine import Engine, max_length
 from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
-from sftjax.models.config import Rope
+from sftjax.models.config import Clamp, Experts, Rope
 from sftjax.models.decoder import Decoder, forward
 from sftjax.weights import kinds
 from sftjax.weights.adapter import adapter
@@ -39,6 +39,11 @@ SWITCHES = {
     "tied, biases": {"tied": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "qk_norm, one window": {"qk_norm": "head", "windows": (7, 7, 7)},
     "windows by layer": {"windows": (None, 5, 9), "kv_heads": 4},
+    "sinks, experts": {
+        "sinks": True,
+        "windows": (5, None, 5),
+        "experts": Experts(4, 2, 16, bias=True, fused=True, clamp=Clamp(1.7, 0.5)),
+    },
     "yarn": {"max_positions": 64, "rope": Rope(kind="yarn", factor=2, original_max_positions=64)},
 }
 

@@ -22,6 +22,7 @@ OWN = {
     "mixtral": {"num_local_experts": 3},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "swiglu_limit": 1.0},
 }
 
 
@@ -42,8 +43,8 @@ def torch_model():
         config = transformers.CONFIG_MAPPING[family](**SHAPE | OWN.get(family, {}) | changes)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:  # norms are ones and biases zeros otherwise
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 or name.endswith("bias"):  # norms are ones and biases zeros otherwise
                     parameter.add_(0.2 * torch.randn_like(parameter))
         return model
 

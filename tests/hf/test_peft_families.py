@@ -15,7 +15,7 @@ from sftjax.weights.adapter import adapter
 from sftjax.weights.lora import lora
 
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
-TARGETS = {"phi3": "all-linear", "qwen2_moe": ATTENTION}
+TARGETS = {"phi3": "all-linear", "qwen2_moe": ATTENTION, "gpt_oss": ATTENTION}
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -95,6 +95,14 @@ def test_vllm_is_served_none_of_a_mixtures_adapters_but_of_attention(targets, mi
     source, params, config = mixture
     params = lora(params, jax.random.key(0), rank=2, targets=targets)
     assert unserved(params, config, source, ()) == ([] if targets == ATTENTION else ["LoRA on a mixture's experts"])
+
+
+def test_sinks_that_trained_are_refused_with_a_way_out(checkpoint, tmp_path):
+    source = checkpoint("gpt_oss")
+    config = load_config(source)
+    params = lora(load_params(source, config), jax.random.key(0), rank=2, targets="q_proj")
+    with pytest.raises(UserError, match=r"self_attn\.sinks is a tensor and no module.*--to=hf"):
+        save_adapter(params, config, form="peft", source=source, out=tmp_path / "out", saved={"layers/attn/sinks/bias"})
 
 
 def test_experts_of_an_adapter_of_peft_are_refused(mixture, tmp_path, edit_json):

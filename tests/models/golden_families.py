@@ -28,6 +28,7 @@ SHAPE = {
 }
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 14}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 3.0, 5.0]}
 
 # what sets a family apart, in the spelling of transformers 4
@@ -46,6 +47,7 @@ CASES = {
     "mixtral": {"num_local_experts": 4, "sliding_window": 7} | EXPERTS,
     "qwen2_moe": {"num_experts": 5} | EXPERTS,
     "qwen3_moe": {"num_experts": 6, "norm_topk_prob": True} | EXPERTS,
+    "gpt_oss": {"num_local_experts": 5, "sliding_window": 7, "swiglu_limit": 0.8, "rope_scaling": YARN} | EXPERTS,
 }
 TOKENS = np.random.RandomState(0).randint(0, SHAPE["vocab_size"], 24)
 POSITIONS, IDS = [0, 11, 23], slice(8)  # of which logits are kept

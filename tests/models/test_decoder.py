@@ -53,6 +53,7 @@ def long(n):
 
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28}
+GPT = {"num_experts_per_tok": 2, "sliding_window": 20, "swiglu_limit": 0.6}  # a limit that half of the gates reach
 
 CASES = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -125,6 +126,17 @@ CASES = {
         MOE | {"use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True, "num_experts": 5},
     ),
     "qwen3_moe-mha": ("qwen3_moe", MOE | {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 5}),
+    "gpt_oss-yarn": (
+        "gpt_oss",
+        GPT | {"rope_parameters": YARN | {"truncate": False}, "num_local_experts": 6, "head_dim": 20},
+    ),
+    "gpt_oss-one-kind-tied": (
+        "gpt_oss",
+        GPT
+        | {"layer_types": ["sliding_attention"] * 3, "num_local_experts": 3, "num_experts_per_tok": 1, "attention_bias": False}
+        | {"tie_word_embeddings": True},
+    ),
+    "gpt_oss-mha-all": ("gpt_oss", GPT | {"num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 4}),
 }
 T = 160
 ROWS = [[160], [100], [-70, 90], [70, 41, 49]]  # full, right-padded, left-padded, packed
@@ -142,9 +154,11 @@ def transformers_model(family, changes):
     hf_config = transformers.CONFIG_MAPPING[family](**SHAPE | changes, rope_parameters=scaling)
     model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms are ones and biases zeros otherwise
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):  # norms are ones and biases zeros otherwise
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("sinks"):
+                parameter.add_(torch.randn_like(parameter))
     return model
 
 
@@ -206,6 +220,7 @@ MIX = config(
     ropes=(Rope(100.0), Rope(), None),
     post_norms=True,
     norm_offset=True,
+    sinks=True,
     attn_softcap=3.0,
     logit_softcap=5.0,
     embed_scale=3.0,

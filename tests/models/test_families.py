@@ -1,5 +1,6 @@
 """A config.json is read whole or refused by name, in the spelling of transformers 4 and of 5."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from sftjax.config import UserError
 from sftjax.generate.engine import max_length
-from sftjax.models.config import DecoderConfig, Experts, Rope
+from sftjax.models.config import Clamp, DecoderConfig, Experts, Rope
 from sftjax.models.families import FAMILIES, config_from_hf
 from sftjax.models.families.common import ACTIVATIONS
 
@@ -33,6 +34,7 @@ FIXED = {
     "olmo2": {"qk_norm": "all", "pre_norms": False, "post_norms": True},
     "phi3": {"fused_qkv": True, "fused_mlp": True},
     "qwen3_moe": {"qk_norm": "head"},
+    "gpt_oss": {"sinks": True},
 }
 # every key that changes the computation; a family draws those that its class has
 DRAWN = {
@@ -65,8 +67,11 @@ DRAWN = {
     "norm_topk_prob": (True, False),
     "moe_intermediate_size": (8, 12),
     "shared_expert_intermediate_size": (8, 20),
+    "swiglu_alpha": (1.0, 1.702),
+    "swiglu_limit": (0.5, 7.0),
 }
 REFUSED_KEYS = {"gemma3_text": ["attn_logit_softcapping"], "phi3": ["attention_bias"], "qwen2_moe": ["attention_bias"]}
+REFUSED_KEYS |= {"gpt_oss": ["hidden_act"]}
 
 
 def raw(model_type="llama", **changes):
@@ -109,12 +114,18 @@ def meant(family, theirs):
         full = by_kind["full_attention"]
         by_kind["full_attention"] = replace(full, original_max_positions=int(theirs.max_position_embeddings // full.factor))
     plain = None if by_kind else Rope(given["rope_theta"], given["rope_type"], given.get("factor", 1.0))
+    if plain and plain.kind == "yarn":
+        stretched = 0.1 * math.log(plain.factor) + 1
+        original, truncate = given["original_max_position_embeddings"], given["truncate"]
+        plain = replace(plain, original_max_positions=original, attention_factor=stretched, truncate=truncate)
     turned = [by_kind.get(kind, plain) for kind in kinds]
     scale, width = get("query_pre_attn_scalar"), theirs.hidden_size
     experts = None
     if number := get("num_experts") or get("num_local_experts"):
         inner, shared = get("moe_intermediate_size", theirs.intermediate_size), get("shared_expert_intermediate_size", 0)
         experts = Experts(number, theirs.num_experts_per_tok, inner, get("norm_topk_prob", True), shared)
+        if limit := get("swiglu_limit"):
+            experts = replace(experts, bias=True, fused=True, clamp=Clamp(theirs.swiglu_alpha, limit))
     return DecoderConfig(
         vocab=theirs.vocab_size,
         width=width,
@@ -164,6 +175,7 @@ def test_defaults_are_those_of_transformers(family):
 
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
+GPT_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False}
 FOUR = [
     ("gemma", {"hidden_act": "gelu", "rope_theta": 500.0, "head_dim": 8}),
     ("gemma2", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 500.0, "rope_scaling": None}),
@@ -177,6 +189,8 @@ FOUR = [
     ("mixtral", {"rope_theta": 500.0, "sliding_window": None, "num_local_experts": 3}),
     ("qwen2_moe", {"rope_theta": 500.0, "use_sliding_window": True, "max_window_layers": 2, "mlp_only_layers": []}),
     ("qwen3_moe", {"rope_theta": 500.0, "num_experts": 9, "head_dim": 16, "max_window_layers": 48, "sliding_window": None}),
+    ("gpt_oss", {"rope_theta": 500.0, "rope_scaling": GPT_YARN, "swiglu_limit": 5.0, "experts_per_token": 7, "num_experts": 9}),
+    ("gpt_oss", {"rope_scaling": None, "layer_types": ["full_attention"] * 3, "attention_bias": False}),
 ]
 
 
@@ -315,6 +329,11 @@ REFUSED = [
         {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
         "rope_parameters.full_attention.partial_rotary_factor=0.5",
     ),
+    ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act='gelu'.*gpt_oss"),
+    ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit=0 is not a positive number"),
+    ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window does not give a window"),
+    ({"model_type": "gpt_oss", "num_experts_per_tok": 200}, "num_experts_per_tok=200 is more than the 128 experts"),
+    ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
     ({"model_type": "olmo2", "layer_types": ["full_attention"] * 3}, "layer_types.*olmo2"),
     ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling=0"),
     ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for num_hidden_layers=3"),

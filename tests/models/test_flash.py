@@ -98,6 +98,18 @@ def test_a_step_over_4096_tokens_holds_no_scores(platform, monkeypatch):
         assert all(f'"max_seg_per_batch": {n}' in program.replace("\\22", '"') for n in flash.TEXTS)
 
 
+@pytest.mark.parametrize("sinks", [None, jnp.ones(N)], ids=["no sinks", "sinks"])
+def test_heads_with_sinks_go_the_other_way(sinks, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(flash, "capability", lambda: 9.0)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    q, k, v, _ = qkv(dtype=jnp.bfloat16)
+    run = jax.jit(lambda q, k, v: attention.attention(q, k, v, batch(ROWS, T).segments, scale=H**-0.5, sinks=sinks))
+    program = run.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("@__cudnn$fmhaSoftmax(" in program) == (sinks is None)
+
+
 def test_what_it_serves(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(flash, "capability", lambda: 8.0)

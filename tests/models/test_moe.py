@@ -11,7 +11,7 @@ from tiny import assert_trees_close, batch, config, params, pieces, unpacked
 from sftjax import sharding
 from sftjax.losses import masked_xent
 from sftjax.losses.tokens import balance, shift
-from sftjax.models.config import Experts
+from sftjax.models.config import Clamp, Experts
 from sftjax.models.decoder import Decoder, forward, init_cache
 from sftjax.models.layers import ACTIVATIONS
 from sftjax.models.moe import Mixture, Routed
@@ -26,22 +26,38 @@ PACKED = batch([[20, 15], [-7, 30], [5, 9, 16]], 40)
 def written(c, p, x):
     """The definition: every expert says something of every token, and the k likeliest are heard."""
     e = c.experts
-    probs = jax.nn.softmax(x @ p["router"]["kernel"])
+    probs = jax.nn.softmax(x @ p["router"]["kernel"] + p["router"].get("bias", 0))
     kth = jnp.sort(probs)[..., -e.active, None]
     heard = jnp.where(probs >= kth, probs, 0)
     heard = heard / heard.sum(-1, keepdims=True) if e.normalise else heard
 
     def gated(kernels, x, expert=""):
-        gate, up, down = (kernels[name]["kernel"] for name in ("gate", "up", "down"))
         at = ("btd,edf->btef", "btef,efd->bted") if expert else ("btd,df->btf", "btf,fd->btd")
-        inner = ACTIVATIONS[c.activation](jnp.einsum(at[0], x, gate)) * jnp.einsum(at[0], x, up)
-        return jnp.einsum(at[1], inner, down)
+
+        def linear(at, name, x):
+            return jnp.einsum(at, x, kernels[name]["kernel"]) + kernels[name].get("bias", 0)
+
+        if "gate_up" in kernels:
+            gate, up = jnp.moveaxis(linear(at[0], "gate_up", x).reshape(*x.shape[:2], e.number, e.width, 2), -1, 0)
+        else:
+            gate, up = linear(at[0], "gate", x), linear(at[0], "up", x)
+        if expert and e.clamp:
+            low, high = -e.clamp.limit, e.clamp.limit
+            gate, up = jnp.where(gate > high, high, gate), jnp.where(up > high, high, jnp.where(up < low, low, up))
+            inner = gate / (1 + jnp.exp(-e.clamp.alpha * gate)) * (up + 1)
+        else:
+            inner = ACTIVATIONS[c.activation](gate) * up
+        return linear(at[1], "down", inner)
 
     y = (gated(p["experts"], x, "each") * heard[..., None]).sum(2)
     return y + jax.nn.sigmoid(x @ p["shared_gate"]["kernel"]) * gated(p["shared"], x) if e.shared else y
 
 
-@pytest.mark.parametrize("e", [Experts(5, 2, 20, shared=28), Experts(6, 3, 12, normalise=False), Experts(3, 3, 8)], ids=str)
+CLAMPED = Experts(5, 2, 12, bias=True, fused=True, clamp=Clamp(1.7, 0.6))
+PLAIN = [Experts(5, 2, 20, shared=28), Experts(6, 3, 12, normalise=False), Experts(3, 3, 8), Experts(4, 2, 20, bias=True)]
+
+
+@pytest.mark.parametrize("e", [*PLAIN, CLAMPED], ids=str)
 def test_value_and_gradients_are_those_of_the_definition(e):
     c = config(experts=e, layers=1)
     p = jax.tree.map(lambda x: x[0], params(c)["layers"]["mlp"])
@@ -120,7 +136,7 @@ def test_cached_decoding_equals_full(reference):
 # -- balance
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_balance_is_that_of_transformers(family, tmp_path):
     import torch
     import transformers
@@ -130,7 +146,7 @@ def test_balance_is_that_of_transformers(family, tmp_path):
     torch.manual_seed(0)
     shape = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 20, "moe_intermediate_size": 20, "initializer_range": 0.3}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-    shape |= {"num_local_experts" if family == "mixtral" else "num_experts": 5}
+    shape |= {"num_experts" if family == "qwen3_moe" else "num_local_experts": 5}
     model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[family](**shape), dtype=torch.float32)
     model.save_pretrained(tmp_path)
     b = batch([[20], [9], [14]], 20)

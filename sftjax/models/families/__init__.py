@@ -11,6 +11,7 @@ from sftjax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 
@@ -56,8 +58,8 @@ def family_of(raw: dict[str, Any]) -> Family:
     if classes not in [[known] for known in family.classes]:
         needs = " or ".join(family.classes)
         raise UserError(f"architectures={classes} is not supported for model_type {kind!r}; it needs {needs}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    method = (raw.get("quantization_config") or {}).get("quant_method", "unknown")
+    if raw.get("quantization_config") and method not in family.packings:
         raise UserError(f"quantization_config (quant_method {method!r}) is not supported; use the unquantised checkpoint")
     return family
 

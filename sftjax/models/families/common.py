@@ -50,22 +50,33 @@ class Name:
 
 
 def names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, Name]:
-    """`{path of our leaf: its Name}` for every leaf the config has. `modules` are a family's own names for a layer's modules."""
+    """`{path of our leaf: its Name}` for every leaf the config has. `modules` are a family's own names for a layer's modules.
+
+    By the path of a leaf (mlp/experts/down/bias) they name a tensor of each layer that is no module's weight or bias, and has our
+    order of axes.
+    """
     called = {**MODULES, **CHECKPOINT, **modules}
     table = {}
     for path, leaf in tree.flatten(shapes(config)).items():
         node, _, kind = path.rpartition("/")
-        layered, module = node.startswith("layers/"), called[node.removeprefix("layers/")]
-        lead = 0 if not layered else 2 if "experts/" in node else 1
+        layered = node.startswith("layers/")
         prefix = "model.layers.{}." if layered else "" if node in ("head", "score") else "model."
+        if whole := modules.get(path.removeprefix("layers/")):
+            table[path] = Name(f"{prefix}{whole}", leaf.shape[1:], stacked=leaf.shape[:1])
+            continue
+        module = called[node.removeprefix("layers/")]
+        lead = 0 if not layered else 2 if "experts/" in node else 1
         suffix = "bias" if kind == "bias" else "weight"
         table[path] = Name(f"{prefix}{module}.{suffix}", leaf.shape[lead:], kind == "kernel", leaf.shape[:lead])
     return table
 
 
 def config_to_hf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The source's config.json with what training may have changed: the vocabulary's size."""
-    return source | {"vocab_size": config.vocab}
+    """The source's config.json with what training may have changed: the vocabulary's size, and what was packed is bfloat16."""
+    out = source | {"vocab_size": config.vocab}
+    if out.pop("quantization_config", None) and not {"dtype", "torch_dtype"} & set(out):
+        out["torch_dtype"] = "bfloat16"
+    return out
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Family:
     config_from_hf: Callable[[dict[str, Any]], DecoderConfig]
     modules: Mapping[str, str] = field(default_factory=dict)  # where its tensors are called otherwise than `targets.MODULES`
     config_to_hf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = config_to_hf
+    packings: tuple[str, ...] = ()  # `quant_method` of checkpoints in few bits that `hf.load` reads
     classifier: str | None = ""  # the class with a score head; "" = called alike, None = transformers has none
 
     @property
