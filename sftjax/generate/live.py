@@ -46,6 +46,7 @@ class Live:
         self.engine, self.tokenizer, self.slots, self.draft_tokens = engine, tokenizer, slots, draft_tokens
         self.flight: Flight = engine.flight(self._seats(1), None, draft_tokens)
         self.waiting: deque[Request] = deque()
+        self.joining: list[Request] = []
         self.under_way: dict[int, tuple[Request, Answer]] = {}  # by slot
         self.dropped: set[Request] = set()
         self.closed = False
@@ -80,7 +81,7 @@ class Live:
             try:
                 n = self._next(n)
             except Exception as e:  # out of memory, say: those under way are told, who comes next may fare better
-                for request, _ in self.under_way.values():
+                for request in (*self.joining, *(request for request, _ in self.under_way.values())):
                     request.tell(e)
                 self._anew()
 
@@ -94,10 +95,13 @@ class Live:
         self.flight.end(gone)
         for slot in gone:
             del self.under_way[slot]
+        if gone and not self.under_way:
+            self._anew()
         return not self.closed
 
     def _anew(self) -> None:
-        self.under_way, self.flight = {}, self.engine.flight(self._seats(1), None, self.draft_tokens)
+        self.joining, self.under_way = [], {}
+        self.flight = self.engine.flight(self._seats(1), None, self.draft_tokens)
 
     def _seats(self, busy: int) -> int:
         seats = 1 if jax.default_backend() == "cpu" else self.slots
@@ -127,12 +131,13 @@ class Live:
 
     def _join(self) -> None:
         with self.changed:
-            joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(self.under_way)))]
-        seats, held = self._seats(len(self.under_way) + len(joining)), len(self.under_way) + len(self.flight.free)
+            self.joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(self.under_way)))]
+        seats, held = self._seats(len(self.under_way) + len(self.joining)), len(self.under_way) + len(self.flight.free)
         if seats != held:
             moved = self.flight.reseat(seats)
             self.under_way = {moved[slot]: under_way for slot, under_way in self.under_way.items()}
-        rows = [self.engine.row(r.prompt, r.max_new_tokens, r.number, r.seed, r.sampling) for r in joining]
-        for request, slot in zip(joining, self.flight.join(rows)):
+        rows = [self.engine.row(r.prompt, r.max_new_tokens, r.number, r.seed, r.sampling) for r in self.joining]
+        for request, slot in zip(self.joining, self.flight.join(rows)):
             writer = Writer(self.tokenizer, request.stop_strings, request.prompt)
             self.under_way[slot] = request, Answer(request.number, writer)
+        self.joining = []

@@ -139,16 +139,19 @@ def test_who_no_longer_waits_makes_room(engine, alone):
     assert heard.answers == {0: alone[0]} and "second" not in heard.tokens and not live.under_way
 
 
-def test_a_failure_is_told_and_the_next_is_answered(engine, alone, monkeypatch):
+@pytest.mark.parametrize("where", ["join", "next"])
+def test_a_failure_is_told_and_the_next_is_answered(engine, alone, monkeypatch, where):
     heard = Heard()
     live = Live(engine, Letters(), slots=4)
-    whole = flight.Flight.next
+    whole = getattr(flight.Flight, where)
 
     def fails(self, *args, **options):
-        monkeypatch.setattr(flight.Flight, "next", whole)
+        if args == ([],):
+            return whole(self, *args)
+        monkeypatch.setattr(flight.Flight, where, whole)
         raise RuntimeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr(flight.Flight, "next", fails)
+    monkeypatch.setattr(flight.Flight, where, fails)
     live.ask([request(i, heard.teller(i)) for i in (0, 1)])
     heard.until(lambda h: len(h.answers) == 2)
     assert [str(heard.answers.pop(i)) for i in (0, 1)] == ["RESOURCE_EXHAUSTED"] * 2
