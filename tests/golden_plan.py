@@ -59,19 +59,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "tie_word_embeddings": False,
     },
-    "gpt_oss_20b": {
-        "model_type": "gpt_oss",
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "dtype": "bfloat16",
-    },
     "tiny": LLAMA
     | {
         "vocab_size": 2048,
@@ -91,7 +78,11 @@ MODELS["tiny_moe"] = MODELS["mixtral"] | {
     "num_key_value_heads": 2,
     "num_local_experts": 4,
 }
-MODELS["tiny_sinks"] = MODELS["gpt_oss_20b"] | {
+MODELS["tiny_sinks"] = {
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "dtype": "bfloat16",
     "vocab_size": 2048,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -129,10 +120,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral_lora": (
         *("mixtral", "v5p:2x2x1"),
         {"model.remat": "block", "train.batch_size": 4, "lora.targets": "q_proj,k_proj,v_proj,o_proj", **FSDP},
-    ),
-    "gpt_oss_lora": (
-        *("gpt_oss_20b", "v5p:2x2x1"),
-        {"model.remat": "block", "train.batch_size": 8, "lora.targets": "q_proj,k_proj,v_proj,o_proj", **FSDP},
     ),
     "gate_sft": ("tiny", "v5e:1x1", {"model.remat": "minimal", **SMALL}),
     "gate_qlora": ("tiny", "v6e:1x1", {"model.remat": "block", "model.quantize": "nf4", **SMALL}),
