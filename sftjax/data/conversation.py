@@ -128,7 +128,7 @@ def _parts(parts: list[Any], where: str) -> tuple[str | None, dict[str, Any]]:
         part = {key: held for key, held in part.items() if held is not None}
         kind = part.get("type", "text")
         if kind in MEDIA:
-            raise RowError(field, f"holds {kind}: only text can be trained on")
+            raise RowError(field, f"holds {kind}: only text is supported")
         held = part.get("text", part.get("value", part.get("content")))
         match kind:
             case "text" | "input_text" | "output_text":
@@ -187,7 +187,7 @@ def tools(held: Any, where: str) -> tuple[dict[str, Any], ...] | None:
 def refuse_media(row: Mapping[str, Any], where: str) -> None:
     for key in MEDIA:
         if row.get(key):
-            raise RowError(f"{where}.{key}" if where else key, "holds image, audio or video input: only text can be trained on")
+            raise RowError(f"{where}.{key}" if where else key, "holds image, audio or video input: only text is supported")
 
 
 def listed(held: Any, where: str) -> list[Any]:

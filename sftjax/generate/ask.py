@@ -51,7 +51,7 @@ def conversation_ids(
 ) -> list[int]:
     """The tokens of a conversation up to where its answer begins; `variables` go to the template. Raises RowError."""
     try:
-        said = conversation(turns, where, {}, {}, silent=True)
+        said = conversation(turns, where, {"developer": "system"}, {}, silent=True)
         if said[-1].role == "assistant":
             raise RowError(where, "ends with an answer, so nothing is asked")
         chat.check_roles([as_dict(m) for m in said], tools)

@@ -59,6 +59,8 @@ class Live:
         for request in requests:
             self.engine.check([request.prompt], request.max_new_tokens, request.seed)
         with self.changed:
+            if self.closed:
+                raise UserError("no more answers are made")
             self.waiting += requests
             self.changed.notify()
 
@@ -68,11 +70,15 @@ class Live:
             self.dropped.update(requests)
             self.changed.notify()
 
-    def close(self) -> None:
-        """Ends the thread, whatever is under way."""
+    def end(self) -> None:
+        """Whoever waits is told that there will be no answer, and no more are made. Returns at once."""
         with self.changed:
             self.closed = True
             self.changed.notify()
+
+    def close(self) -> None:
+        """Ends the thread, whatever is under way."""
+        self.end()
         self.thread.join()
 
     def _run(self) -> None:
@@ -81,14 +87,25 @@ class Live:
             try:
                 n = self._next(n)
             except Exception as e:  # out of memory, say: those under way are told, who comes next may fare better
-                for request in (*self.joining, *(request for request, _ in self.under_way.values())):
-                    request.tell(e)
+                self._tell_all(e)
                 self._anew()
+        with self.changed:
+            self.joining += self.waiting
+        self._tell_all(UserError("no more answers are made"))
 
     def _wait(self) -> bool:
         """Until there is something to do; False where there never will be."""
         with self.changed:
             self.changed.wait_for(lambda: self.closed or self.waiting or self.under_way)
+            return not self.closed
+
+    def _tell_all(self, e: Exception) -> None:
+        for request in (*self.joining, *(request for request, _ in self.under_way.values())):
+            request.tell(e)
+
+    def _leave(self) -> None:
+        """Lets go of those who no longer wait."""
+        with self.changed:
             self.waiting = deque(request for request in self.waiting if request not in self.dropped)
             gone = [slot for slot, (request, _) in self.under_way.items() if request in self.dropped]
             self.dropped.clear()
@@ -97,7 +114,6 @@ class Live:
             del self.under_way[slot]
         if gone and not self.under_way:
             self._anew()
-        return not self.closed
 
     def _anew(self) -> None:
         self.joining, self.under_way = [], {}
@@ -111,6 +127,7 @@ class Live:
 
     def _next(self, n: int) -> int:
         """Lets in who waits and makes n passes: how many to make next."""
+        self._leave()
         self._join()
         if not self.under_way:
             return 0

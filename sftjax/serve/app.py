@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import os
 import queue
 import secrets
@@ -45,6 +46,8 @@ except ImportError as e:
     raise UserError(f"needs {e.name}: pip install 'sftjax[serve]'") from e
 
 HERE = ("127.0.0.1", "localhost")
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass a stream on as it comes
+LONGEST = 8 * 2**20  # bytes of a request's body
 
 
 def run_serve(
@@ -67,20 +70,33 @@ def run_serve(
     with bound(host, port) as listening:
         opened = open_model(model, adapter, quantize)
         engine, chat = engine_of(opened)
-        called = name or (Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model)
+        served = Path(adapter or model).expanduser()
+        called = name or (served.resolve().name if served.is_dir() else adapter or model)
         desk = Desk(called, engine, chat, usual_sampling(opened.directory))
         live = Live(engine, chat.tokenizer, slots=slots, draft_tokens=draft_tokens)
         warm(live)
-        at = f"http://{host}:{listening.getsockname()[1]}"
+        at = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         note(f"{called} is at {at}/v1, and a page to talk with it at {at}; Ctrl-C ends")
         if host not in HERE and not key:
             note(f"whoever reaches {host} can use it; --key-env=VARIABLE asks for a key")
         config = uvicorn.Config(make_app(desk, live, key, local=host in HERE), log_level="warning", timeout_graceful_shutdown=3)
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config, live).run(sockets=[listening])
+
+
+class Server(uvicorn.Server):
+    """Who waits for an answer when the server is to end is told so, and keeps it no longer."""
+
+    def __init__(self, config: uvicorn.Config, live: Live):
+        super().__init__(config)
+        self.live = live
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.live.end()
+        super().handle_exit(sig, frame)
 
 
 def warm(live: Live) -> None:
-    """Compiles what the first to ask would wait for. Raises what goes wrong."""
+    """Compiles what a short first question would wait for. Raises what goes wrong."""
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
     live.ask([Request([0], 2, heard.put)])
     while not isinstance(said := heard.get(), Generated):
@@ -122,18 +138,21 @@ def make_app(desk: Desk, live: Live, key: str | None, local: bool) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(live.close)
+        live.end()
 
     routes = [
         routing.Route("/", service.page),
         routing.Route("/health", service.health),
         routing.Route("/v1/models", service.models),
+        routing.Route("/v1/models/{name:path}", service.model),
         routing.Route("/v1/chat/completions", service.chat, methods=["POST"]),
         routing.Route("/v1/completions", service.complete, methods=["POST"]),
     ]
     # a page elsewhere whose name leads here (DNS rebinding) is no caller of a local server
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(HERE))] if local else []
-    return Starlette(routes=routes, middleware=guards, lifespan=lifespan, exception_handlers={404: no_such_path})
+    return Starlette(
+        routes=routes, middleware=guards, lifespan=lifespan, exception_handlers={404: no_such_path, 405: no_such_path}
+    )
 
 
 class Service:
@@ -147,13 +166,20 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: requests.Request) -> Response:
+        one = await self.model(request)
+        return one if one.status_code != 200 else JSONResponse({"object": "list", "data": [self.described()]})
+
+    async def model(self, request: requests.Request) -> Response:
         try:
             self.authorise(request)
+            self.desk.check({"model": request.path_params.get("name")}, {"model"})
         except Refused as e:
             return refusal(e)
+        return JSONResponse(self.described())
+
+    def described(self) -> dict[str, Any]:
         limit = self.desk.engine.limit
-        one = {"id": self.desk.name, "object": "model", "created": self.began, "owned_by": "sftjax", "max_model_len": limit}
-        return JSONResponse({"object": "list", "data": [one]})
+        return {"id": self.desk.name, "object": "model", "created": self.began, "owned_by": "sftjax", "max_model_len": limit}
 
     async def chat(self, request: requests.Request) -> Response:
         return await self.answer(request, self.desk.chatted, chat=True)
@@ -162,23 +188,17 @@ class Service:
         return await self.answer(request, self.desk.completed, chat=False)
 
     def authorise(self, request: requests.Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if self.key and not (scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode())):
             raise Refused("a key is needed, as Authorization: Bearer KEY, and this is not it", status=401)
 
     async def answer(self, request: requests.Request, read: Callable[[Any], Asked], chat: bool) -> Response:
         envelope = Envelope(f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time()), self.desk.name, chat)
         try:
             self.authorise(request)
-            if not request.headers.get("content-type", "").startswith("application/json"):
-                raise Refused("needs Content-Type: application/json", status=415)  # what another site's page cannot send
-            try:
-                body = await request.json()
-            except ValueError as e:
-                raise Refused(f"the body is not JSON: {e}") from None
-            asked = await run_in_threadpool(read, body)
+            asked = await run_in_threadpool(read, await read_body(request))
             if asked.stream:
-                return StreamingResponse(self.stream(asked, envelope), media_type="text/event-stream")
+                return StreamingResponse(self.stream(asked, envelope), media_type="text/event-stream", headers=UNBUFFERED)
             return JSONResponse(await unless_gone(request, self.whole(asked, envelope)))
         except Refused as e:
             return refusal(e)
@@ -186,10 +206,9 @@ class Service:
     async def whole(self, asked: Asked, envelope: Envelope) -> dict[str, Any]:
         prompts = [ids for ids in asked.prompts for _ in range(asked.n)]
         answers = [Generated([], False) for _ in prompts]
-        if max(asked.max_new_tokens):
-            async for index, said in self.said(asked):
-                if isinstance(said, Generated):
-                    answers[index] = said
+        async for index, said in self.said(asked):
+            if isinstance(said, Generated):
+                answers[index] = said
         # a completion's log-probs have the token that ended it, as vLLM's do: the harness takes one off the end
         made = [a.ids if envelope.chat or a.stop_id is None else [*a.ids, a.stop_id] for a in answers]
         scores = await self.scored(asked, prompts, made)
@@ -241,6 +260,10 @@ class Service:
 
     async def said(self, asked: Asked) -> AsyncIterator[tuple[int, list[int] | Generated]]:
         """(which answer, tokens of it as they come, and at last the answer), of all that were asked for. Raises Refused."""
+        if not max(asked.max_new_tokens):
+            for index in range(len(asked.prompts) * asked.n):
+                yield index, Generated([], False)
+            return
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[tuple[int, list[int] | Generated | Exception]] = asyncio.Queue()
 
@@ -249,20 +272,42 @@ class Service:
 
         under_way = {}
         for i, (ids, new) in enumerate(zip(asked.prompts, asked.max_new_tokens)):
-            for number in range(asked.n):
-                at = i * asked.n + number
-                under_way[at] = Request(ids, new, teller(at), number, asked.seed, asked.sampling, asked.stop)
+            for at in range(i * asked.n, (i + 1) * asked.n):
+                under_way[at] = Request(ids, new, teller(at), at, asked.seed, asked.sampling, asked.stop)
         try:
-            self.live.ask(list(under_way.values()))
+            try:
+                self.live.ask(list(under_way.values()))
+            except UserError as e:
+                raise Refused(str(e), status=503) from None
             while under_way:
                 index, said = await heard.get()
                 if isinstance(said, Exception):
-                    raise Refused(f"no answer: {type(said).__name__}: {str(said).partition(chr(10))[0]}", status=500)
+                    kind = "" if isinstance(said, UserError) else f"{type(said).__name__}: "
+                    raise Refused(f"no answer: {kind}{str(said).partition(chr(10))[0]}", status=503 if not kind else 500)
                 if isinstance(said, Generated):
                     del under_way[index]
                 yield index, said
         finally:
             self.live.drop(list(under_way.values()))
+
+
+async def read_body(request: requests.Request) -> Any:
+    """What was sent. Raises Refused."""
+    if not request.headers.get("content-type", "").lower().startswith("application/json"):
+        raise Refused("needs Content-Type: application/json", status=415)  # what another site's page cannot send
+    raw = b""
+    async for part in request.stream():
+        raw += part
+        if len(raw) > LONGEST:
+            raise Refused(f"the body has over {LONGEST:,} bytes", status=413)
+    try:
+        body = json.loads(raw)
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused("the body has half a character in it, a surrogate without its other") from None
+    except (ValueError, RecursionError) as e:
+        raise Refused(f"the body is not JSON: {e}") from None
+    return body
 
 
 async def unless_gone(request: requests.Request, answering: Awaitable[dict[str, Any]]) -> dict[str, Any]:

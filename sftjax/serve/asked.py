@@ -7,9 +7,7 @@ chat_template_kwargs are those of vLLM's server.
 from __future__ import annotations
 
 import difflib
-import math
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,13 @@ from sftjax.generate.ask import conversation_ids
 from sftjax.generate.engine import Engine
 from sftjax.generate.sampling import Sampling, choose
 
-MOST = 128  # answers to one request, and alternatives to one token
+MOST = 128  # answers to one prompt, and alternatives to one token
+TOGETHER = 1024  # answers to one request
+LARGEST = 1e6  # of numbers
+SET_HERE = {  # what templates are rendered with, or what calls it, by these names
+    *("messages", "tools", "generate", "chat", "turns", "where", "conversations", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+}
 SHORT = 16  # tokens of a completion that names no number, as in the API
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 SHARED = {*SAMPLING, "model", "stream", "stream_options", "max_tokens", "seed", "stop", "n", "logprobs"}
@@ -87,21 +91,33 @@ class Desk:
         """Of POST /v1/chat/completions. Raises Refused."""
         self.check(body, CHAT)
         variables = body.get("chat_template_kwargs") or {}
-        if not isinstance(variables, dict):
-            raise Refused("chat_template_kwargs: needs an object", "chat_template_kwargs")
+        if not isinstance(variables, dict) or SET_HERE & variables.keys():
+            taken = ", ".join(sorted(SET_HERE & variables.keys())) if isinstance(variables, dict) else ""
+            reason = f"{taken} is not for callers to set" if taken else "needs an object"
+            raise Refused(f"chat_template_kwargs: {reason}", "chat_template_kwargs")
         tools = body.get("tools") if body.get("tool_choice") != "none" else None
         if body.get("tool_choice") not in (None, "auto", "none"):
             raise Refused("tool_choice: only auto and none are supported", "tool_choice")
         if not isinstance(body.get("messages"), list):
             raise Refused("messages: needs a list of messages", "messages")
+        if not self.chat.template:
+            raise Refused(f"{self.name} has no chat template; ask /v1/completions", "messages")
         try:
-            if not self.chat.template:
-                raise RowError("messages", f"{self.name} has no chat template; ask /v1/completions")
-            ids = conversation_ids(self.chat, body.get("messages"), "messages", read_tools(tools, "tools"), **variables)
+            ids = conversation_ids(self.chat, body["messages"], "messages", **variables)
         except RowError as e:
             raise Refused(str(e), "messages") from None
+        if tools:
+            without = ids
+            try:
+                ids = conversation_ids(self.chat, body["messages"], "messages", read_tools(tools, "tools"), **variables)
+            except RowError as e:
+                raise Refused(str(e), "tools") from None
+            if ids == without:
+                raise Refused(f"the template of {self.name} writes no tools; leave them out", "tools")
         longest = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
         top = whole(body, "top_logprobs", 0, 0, MOST) if flag(body, "logprobs") else None
+        if top is None and body.get("top_logprobs"):
+            raise Refused("top_logprobs: needs logprobs, which is not asked for", "top_logprobs")
         return self.asked(body, [ids], whole(body, longest, self.engine.limit, 1), top, echo=False)
 
     def completed(self, body: Any) -> Asked:
@@ -122,15 +138,20 @@ class Desk:
         stream = flag(body, "stream")
         if stream and top is not None:
             raise Refused("logprobs come with a whole answer; leave out stream", "logprobs")
-        stop = body.get("stop") or ()
+        stop = () if body.get("stop") is None else body["stop"]
         stop = (stop,) if isinstance(stop, str) else stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) for text in stop):
             raise Refused("stop: needs a text or a list of texts", "stop")
         options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise Refused("stream_options: needs an object", "stream_options")
+        n = whole(body, "n", 1, 1, MOST)
+        if n * len(prompts) > TOGETHER:
+            raise Refused(f"{n * len(prompts):,} answers: one request may ask for {TOGETHER:,}", "n")
         top_k = whole(body, "top_k", int(self.sampling["top_k"]), -1)
         numbers = {name: self.number(body, name) for name in SAMPLING if name != "top_k"}
         try:
-            sampling = choose(top_k=max(top_k, 0), **numbers)  # -1 is off, too
+            sampling = choose(top_k=min(max(top_k, 0), self.engine.model.config.vocab), **numbers)  # -1 is off, too
         except UserError as e:
             raise Refused(str(e), str(e).partition("=")[0]) from None
         return Asked(
@@ -139,14 +160,15 @@ class Desk:
             sampling,
             seed=whole(body, "seed", secrets.randbits(32), 0, 2**32 - 1),
             stop=tuple(stop),
-            n=whole(body, "n", 1, 1, MOST),
+            n=n,
             stream=stream,
-            usage=isinstance(options, dict) and bool(options.get("include_usage")),
+            usage=bool(options.get("include_usage")),
             top=top,
             echo=echo,
         )
 
     def check(self, body: Any, known: set[str]) -> None:
+        """Raises Refused for what this model, or no model here, can do."""
         if not isinstance(body, dict):
             raise Refused("the body: needs a JSON object")
         if body.get("model") not in (None, self.name):
@@ -173,7 +195,7 @@ class Desk:
         value = body.get(name)
         if value is None:
             return self.sampling[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
             raise Refused(f"{name}={value!r}: needs a number", name)
         return value
 

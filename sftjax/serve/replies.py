@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sftjax.generate.engine import Generated
 from sftjax.generate.score import Scored
@@ -67,21 +70,38 @@ def chat_logprobs(tokenizer: Any, ids: Sequence[int], scored: Scored) -> dict[st
     """`logprobs` of a chat's answer."""
 
     def one(token: int, logp: float) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": float(logp), "bytes": list(text.encode())}
+        return {"token": token_text(tokenizer, int(token)), "logprob": float(logp), "bytes": token_bytes(tokenizer, int(token))}
 
     rows = zip(ids, scored.logps, scored.top, scored.top_logps)
     return {"content": [one(i, logp) | {"top_logprobs": list(map(one, top, logps))} for i, logp, top, logps in rows]}
 
 
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token's own text; decoding alone would take the first space from those of Llama 2's kind."""
+    text = tokenizer.decode([token])
+    return " " + text if tokenizer.convert_ids_to_tokens(token).startswith("\u2581") and not text.startswith(" ") else text
+
+
+def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
+    """The bytes of a token, which may be a part of a character; None where its tokenizer does not say."""
+    text = token_text(tokenizer, token)
+    if "\ufffd" not in text:
+        return list(text.encode())
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if fallback := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return [int(fallback[1], 16)]
+    known = {char: byte for byte, char in bytes_to_unicode().items()}  # how byte-level vocabularies are written
+    return [known[char] for char in piece] if set(piece) <= known.keys() else None
+
+
 def text_logprobs(tokenizer: Any, ids: Sequence[int], scored: Scored) -> dict[str, Any]:
     """`logprobs` of a completion. Tokens that have none in front of them, the first of an echoed prompt, have no log-prob."""
-    texts, unscored = [tokenizer.decode([i]) for i in ids], len(ids) - len(scored.logps)
+    texts, unscored = [token_text(tokenizer, i) for i in ids], len(ids) - len(scored.logps)
     alternatives: list[dict[str, float] | None] = [None] * unscored
     for text, logp, top, logps in zip(texts[unscored:], scored.logps, scored.top, scored.top_logps):
         found: dict[str, float] = {}
         for token, alternative in zip(top, logps):
-            found.setdefault(tokenizer.decode([token]), float(alternative))  # of two that read alike the likelier
+            found.setdefault(token_text(tokenizer, int(token)), float(alternative))  # of two that read alike the likelier
         alternatives.append(found if text in found else found | {text: float(logp)})
     offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
     known = [None] * unscored + [float(logp) for logp in scored.logps]

@@ -161,6 +161,19 @@ def test_a_failure_is_told_and_the_next_is_answered(engine, alone, monkeypatch, 
     assert heard.answers == {0: alone[0]} and isinstance(alone[0], Generated)
 
 
+def test_who_waits_when_it_ends_is_told(engine):
+    heard = Heard()
+    live = Live(engine, Letters(), slots=1)
+    live.ask([Request([7], 100, heard.teller(i)) for i in range(3)])
+    heard.until(lambda h: 0 in h.tokens)
+    live.end()
+    heard.until(lambda h: {1, 2} <= h.answers.keys())
+    assert all(str(heard.answers[i]) == "no more answers are made" for i in (1, 2))
+    with pytest.raises(UserError, match="no more answers"):
+        live.ask([Request([7], 1, print)])
+    live.close()
+
+
 def test_what_cannot_be_answered_is_refused_when_it_is_asked(engine):
     live = Live(engine, Letters(), slots=4)
     for bad in (Request([], 4, print), Request([1] * 128, 4, print), Request([1], 0, print), Request([1], 4, print, seed=-1)):

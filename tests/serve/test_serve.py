@@ -25,6 +25,7 @@ from sftjax.generate.open import open_engine
 from sftjax.serve import app as module
 from sftjax.serve.asked import SAMPLING, Desk
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 HI = [{"role": "user", "content": "hi"}]
 GREEDY = {"temperature": 0}
 
@@ -96,12 +97,14 @@ def test_a_conversation_is_answered_as_the_engine_answers_it(desk, url):
     for messages, options in [
         (HI, GREEDY),
         ([{"role": "system", "content": "Be brief."}, *HI, {"role": "assistant", "content": "so"}, *HI], GREEDY),
+        ([{"role": "developer", "content": "Be brief."}, *HI], GREEDY),
         ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], {"temperature": 0.8, "top_p": 0.9, "seed": 3}),
         (HI, {"temperature": 1.0, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}),
         (HI, {"temperature": 0.5, "seed": 2**32 - 1, "stop": ["a", "e"]}),
     ]:
         reply = ask(url, {"messages": messages, "model": "toy", "max_tokens": 20, "user": "me", **options})
         texts = [m if isinstance(m["content"], str) else m | {"content": m["content"][0]["text"]} for m in messages]
+        texts = [m | {"role": m["role"].replace("developer", "system")} for m in texts]
         ids = desk.chat.prompt(texts)
         sampling = {"stop_strings" if k == "stop" else k: v for k, v in options.items()}
         expected = made(desk, ids, 20, **sampling)
@@ -117,6 +120,7 @@ def test_what_streams_is_what_comes_whole(url):
         ("/chat/completions", {"messages": HI, "max_tokens": 30, "temperature": 0.9, "seed": 1, "n": 2}),
         ("/chat/completions", {"messages": HI, "max_tokens": 30, "temperature": 0.9, "seed": 1, "stop": "e"}),
         ("/completions", {"prompt": ["Once", "Twice"], "max_tokens": 9, "temperature": 1.3, "seed": 5, "echo": True}),
+        ("/completions", {"prompt": ["Once", "Twice"], "max_tokens": 0, "echo": True}),
     ]:
         whole = ask(url, body, path)
         events = pieces(url, path, body | {"stream_options": {"include_usage": True}})
@@ -149,7 +153,7 @@ def test_completions_and_their_log_probs(desk, url):
     reply = complete(url, prompt=prompts, max_tokens=5, logprobs=3, n=2, seed=4)
     assert [c["index"] for c in reply["choices"]] == [0, 1, 2, 3]
     for choice, row in zip(reply["choices"], [ids[0], ids[0], ids[1], ids[1]]):
-        number = choice["index"] % 2
+        number = choice["index"]
         drawn = {"max_new_tokens": 5, "temperature": 1.0, "seed": 4, "tokenizer": tokenizer}
         expected = desk.engine.generate([*[[1]] * number, row], **drawn)[-1]
         new = [*expected.ids, *([] if expected.stop_id is None else [expected.stop_id])]
@@ -233,6 +237,13 @@ def test_the_harness_asks_it(toy, desk):
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "'wizard' is not a role known here"),
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "prompt", "the model takes 128"),
         ({"chat_template_kwargs": 3}, "chat_template_kwargs", "needs an object"),
+        ({"chat_template_kwargs": {"messages": 3}}, "chat_template_kwargs", "messages is not for callers to set"),
+        ({"temperature": 10**400}, "temperature", "needs a number"),
+        ({"stream_options": 5}, "stream_options", "needs an object"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"stop": 0}, "stop", "list of texts"),
+        ({"tools": [TOOL]}, "tools", "writes no tools"),
+        ({"tools": [3]}, "tools", "tools"),
     ],
     ids=lambda x: None if isinstance(x, str) else next(iter(x)),
 )
@@ -247,6 +258,35 @@ def test_what_is_refused_is_named(url, body, param, says):
 def test_prompts_that_are_refused(url, prompt):
     status, text = send(f"{url}/completions", {"prompt": prompt, "max_tokens": 1})
     assert status == 400 and json.loads(text)["error"]["param"] == "prompt"
+
+
+def test_bodies_that_are_refused(url, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST", 50_000)
+    for body, status in [
+        (b'{"prompt": "\\ud800 hi"}', 400),
+        (b'{"model": "\\udfff"}', 400),
+        (b"[" * 20_000, 400),
+        (b'{"prompt": "' + b"x" * 60_000 + b'"}', 413),
+        (json.dumps({"prompt": ["x"] * 1025, "max_tokens": 1}).encode(), 400),
+    ]:
+        found, text = send(f"{url}/completions", body)
+        assert found == status and json.loads(text)["error"]["type"] == "invalid_request_error"
+
+
+def test_large_numbers_harm_nobody(url):
+    body = {"messages": HI, "max_tokens": 4, "seed": 1}
+    assert ask(url, body | {"top_k": 2**40})["choices"] == ask(url, body)["choices"]
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(desk, shared):
+    from sftjax.data.chat import load_tokenizer
+    from sftjax.serve.replies import token_bytes
+
+    text = "a 龘🙂é\n"
+    for tokenizer in (desk.chat.tokenizer, load_tokenizer(shared / "data/hf_models/stories260K")):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        held = [byte for i in ids for byte in token_bytes(tokenizer, i)]
+        assert bytes(held).decode().strip() == text.strip()
 
 
 def test_what_changes_nothing_is_taken(url):
@@ -266,7 +306,8 @@ def test_a_model_answers_as_its_generation_config_says(tmp_path, desk, url):
 
 def test_who_may_ask(desk, served, url):
     root, _ = served
-    assert json.loads(send(f"{url}/models")[1])["data"][0]["id"] == "toy"
+    assert json.loads(send(f"{url}/models")[1])["data"][0] == json.loads(send(f"{url}/models/toy")[1])
+    assert send(f"{url}/models/other")[0] == send(f"{url}/completions")[0] == 404
     assert json.loads(send(f"{root}/health")[1]) == {"status": "ok"} and "<title>" in send(root)[1]
     body = {"messages": HI, "max_tokens": 1}
     assert send(f"{url}/chat/completions", body, Host="evil.example")[0] == 400  # DNS rebinding
@@ -276,8 +317,9 @@ def test_who_may_ask(desk, served, url):
     assert status == 404 and "/v1/chat/completions" in json.loads(text)["error"]["message"]
     with running(desk, key="secret", local=False) as (own, _):
         for path, sent in (("/models", None), ("/chat/completions", body), ("/completions", {"prompt": "x"})):
-            assert send(f"{own}/v1{path}", sent)[0] == send(f"{own}/v1{path}", sent, Authorization="Bearer other")[0] == 401
-            assert send(f"{own}/v1{path}", sent, Authorization="Bearer secret", Host="any.example")[0] == 200
+            for key in ("", "Bearer other", "secret"):
+                assert send(f"{own}/v1{path}", sent, Authorization=key)[0] == 401
+            assert send(f"{own}/v1{path}", sent, Authorization="bearer secret", Host="any.example")[0] == 200
 
 
 def test_who_hangs_up_makes_room(desk, monkeypatch):
