@@ -280,8 +280,10 @@ def _grpo(job: Dry) -> Loss:
 
 
 def _ppo(job: Dry) -> Loss:
-    """The value starts as the base: what a reward model is of, its files alone say."""
+    """The value starts as the base, whatever a run's starts as: what a reward model is, its files alone say."""
     c = job.config.ppo
+    if ppo_task.starts_as_judge(job.config, sum(name.startswith("model:") for name in parts(c.rewards))):
+        job.say("value: of a run it starts as the reward model; planned is one that starts as the base")
     _, decoder = beside(job, reference, partial(add_value, judge=None))
     job.learners.append(Learner(decoder, job.trainable["value"], job.frozen["value"]))
     return ppo_task.loss_of(c, tempered(job.forward, c.temperature), value_of(decoder))

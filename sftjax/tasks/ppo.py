@@ -64,8 +64,7 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     refer: Any = reference(job)
     for one in judges:
         one.sits(job)
-    starts = len(judges) == 1 and config.method != "freeze" and c.value != "base"
-    value = value_of(add_value(job, judges[0] if starts else None))
+    value = value_of(add_value(job, judges[0] if starts_as_judge(config, len(judges)) else None))
     actor = Actor(job, c, rewards)
     look = in_parts(job, views(actor.forward, refer, value))
     learn = partial(step_of, config, loss_of(c, actor.forward, value))
@@ -89,6 +88,11 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     updates = c.num_ppo_epochs * c.num_mini_batches
     _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=jnp.float32(c.kl_coef))
     return job.finish(tally, extra=summary(job, tally), samples=actor.samples())
+
+
+def starts_as_judge(config: ConfigDict, judges: int) -> bool:
+    """Whether the value goes on from a reward model, of so many."""
+    return judges == 1 and config.method != "freeze" and config.ppo.value != "base"
 
 
 def loss_of(c: ConfigDict, policy: Forward, value: Forward) -> Loss:
