@@ -120,10 +120,10 @@ class Estimator:
     def __post_init__(self) -> None:
         job, mesh = self.job, abstract_mesh(dict(self.sizes))
         state, frozen, _ = placed(job, mesh)
-        self.passed = total(frozen)  # with what several models share as often as they pass it
-        frozen = once(frozen)
+        passed, frozen = total(frozen), once(frozen)
         self.parameters = by_kind(frozen, state.trainable)
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
+        self.shared = passed - self.frozen  # bytes that the step is given more than once
         self.offloaded = total(state.opt_state, host=True)
         self.rollout = Rollout(job, self.sizes) if job.acting else None
         self.wide = wide_kernel(job, self.sizes)
@@ -165,7 +165,7 @@ class Estimator:
         )
         with compiling_for(job.platform):
             block = max(block_size(self.head_trains), rows * outputs / tensor)  # a token of each row at least
-        logits = LOGITS * (2 if self.rollout else 1) * min(block, tokens * outputs / tensor)
+        logits = LOGITS * (2 if job.acting and job.acting.entropy else 1) * min(block, tokens * outputs / tensor)
         parts = {**self.parameters, "optimiser": self.optimiser}
         parts["gradients"] = self.trained * (2 if job.accumulates else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps

@@ -285,6 +285,8 @@ def compiled(job: Dry, on: Estimator, where: Topology, say: Say) -> dict[str, An
         f"  arguments {m.arguments / of:.2f}, outputs {m.outputs / of:.2f} of which {m.aliased / of:.2f} take the place of "
         f"arguments, temporaries {m.temporaries / of:.2f}, program {m.program / of:.2f}"
     )
+    if on.shared:
+        say(f"  a base that models share is given to each of them: {on.shared / of:.2f} of it are there already")
     if on.rollout:
         say(f"  that is the update; its answers take the estimate's {estimate.peak / of:.2f} at most")
     return dataclasses.asdict(m) | {"fits": not on.rollout or estimate.peak <= where.chip.memory, "peak": m.peak}

@@ -68,7 +68,7 @@ def exchanged(on: Estimator) -> float:
         return (n - 1) / n
 
     width = jnp.dtype(job.decoder.dtype).itemsize
-    weights = (on.passed + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
+    weights = (on.frozen + on.shared + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
     total = job.epochs * job.micro_batches * others("fsdp") * (2 * weights + on.trained * sizes["fsdp"])
     total += 2 * job.updates * others("data", "sequence", "expert") * on.trained
     values = (

@@ -57,6 +57,7 @@ class Acting(NamedTuple):
 
     epochs: int  # times that a step goes over its answers
     answers: int  # to each prompt
+    entropy: bool  # whether the loss shows the policy's
     looks: int  # passes over the answers before they are learnt from: of who answered, who it is compared with, a value
     step_of: Callable[..., Step]
     batch: Any  # a NamedTuple, of what is learnt from
@@ -67,12 +68,19 @@ ACTING: dict[str, Callable[[ConfigDict], Acting]] = {
     "grpo": lambda c: Acting(
         epochs=c.num_iterations,
         answers=c.num_generations,
+        entropy=True,
         looks=bool(c.beta) + (c.num_iterations * c.num_mini_batches > 1),
         step_of=grpo_task.step_of,
         batch=Rollouts,
     ),
     "ppo": lambda c: Acting(
-        epochs=c.num_ppo_epochs, answers=1, looks=3, step_of=ppo_task.step_of, batch=Played, kept=np.float32(c.kl_coef)
+        epochs=c.num_ppo_epochs,
+        answers=1,
+        entropy=False,
+        looks=3,
+        step_of=ppo_task.step_of,
+        batch=Played,
+        kept=np.float32(c.kl_coef),
     ),
 }
 
