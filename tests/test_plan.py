@@ -260,10 +260,13 @@ def test_the_planned_step_of_a_policy_is_the_tasks(toy, changes, tmp_path, monke
     def lower(*given):
         raise Lowered(*given)
 
-    iterate, learns = Job.iterate, []
-    monkeypatch.setattr(
-        Job, "iterate", lambda job, learn, *rest, **more: (learns.append(learn), iterate(job, learn, *rest, **more))
-    )
+    iterate, told = Job.iterate, {}
+
+    def listened(job, learn, *rest, **more):
+        told.update(more, learn=learn)
+        return iterate(job, learn, *rest, **more)
+
+    monkeypatch.setattr(Job, "iterate", listened)
     monkeypatch.setattr(loop, "lower", lower)
     c = toy.config(**POLICY | changes)
     with pytest.raises(Lowered) as e:
@@ -281,8 +284,8 @@ def test_the_planned_step_of_a_policy_is_the_tasks(toy, changes, tmp_path, monke
     held = {x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves((state.trainable, state.opt_state, frozen))}
     on = memory.Estimator(dry, mesh_sizes(c, 1))
     assert sum(on.parameters.values()) + on.optimiser == sum(held.values())  # a base that is shared is there once
-    texts = [str(jax.make_jaxpr(one)(*planned)) for one in (dry.step, learns[0](dry.optimizer))]
-    assert texts[0] == texts[1] and dry.micro_batches == 4
+    texts = [str(jax.make_jaxpr(one)(*planned)) for one in (dry.step, told["learn"](dry.optimizer))]
+    assert texts[0] == texts[1] and (dry.micro_batches, dry.updates) == (4, told["updates"])
     assert flops.count(dry.step, *planned).flops == flops.count(step, *given).flops > 0
 
 
@@ -333,6 +336,19 @@ def test_updates_of_the_same_answers_cost_their_time_and_only_accumulating_memor
     assert more.job.updates == changes.get("grpo.num_mini_batches", 1) * changes.get("grpo.num_iterations", 1)
     work = [flops.count(e.job.step, e.job.state, e.job.frozen, e.job.batch).flops / e.job.epochs for e in (on, more)]
     assert work[1] == pytest.approx(work[0])
+
+
+def test_every_look_at_the_answers_takes_its_time(tmp_path):
+    """A reference's; PPO's policy looks too, and its value."""
+    each = {"grpo.beta": 0.0}, {"grpo.beta": 0.1}, {"task": "ppo", "ppo.max_completion_length": 128}
+    none, one, three = (of_policy(tmp_path, **extra).rollout.seconds(CHIPS["v5e"], 1, 0.5) for extra in each)
+    assert 0 < none < one and three - none == pytest.approx(3 * (one - none))
+
+
+def test_what_two_models_keep_is_there_at_once(tmp_path):
+    changes = {"task": "ppo", "ppo.max_completion_length": 128}
+    policy, beside = (of_policy(tmp_path, **extra).kept("block") for extra in ({}, changes))
+    assert beside.token == 2 * policy.token > 0
 
 
 def test_fewer_answers_are_offered_once_and_with_parts_that_divide(tmp_path):
