@@ -113,6 +113,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "grpo.max_completion_length": 512,
         },
     ),
+    "qwen3_ppo": (
+        *("qwen3_06b", "v5e:1x1"),
+        {
+            "model.remat": "block",
+            "task": "ppo",
+            "train.batch_size": 16,
+            "train.micro_batch": 8,
+            "ppo.max_completion_length": 512,
+        },
+    ),
     "llama3_70b_qlora": (
         *("llama3_70b", "v5p:2x2x1"),
         {"model.remat": "block", "train.batch_size": 4, "model.quantize": "nf4", **FSDP},

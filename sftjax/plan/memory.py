@@ -24,7 +24,7 @@ from sftjax.data.batch import Batch
 from sftjax.losses.tokens import block_size
 from sftjax.models.decoder import REMAT, Decoder, forward
 from sftjax.plan.rollout import Rollout
-from sftjax.plan.step import Dry, abstract_mesh, compiling_for, placed
+from sftjax.plan.step import Dry, Learner, abstract_mesh, compiling_for, placed
 from sftjax.weights.quantize import Quantised
 
 POLICIES = ("none", *REMAT)
@@ -64,21 +64,25 @@ class Memory:
 
 
 def kept(job: Dry, remat: str) -> Kept:
-    """What the vjp of the job's decoder keeps under a rematerialisation policy, its own inputs not counted."""
-    d = job.decoder
+    """What the vjp of all that learns keeps under a rematerialisation policy, its own inputs not counted."""
+    each = [kept_by(learner, remat, job.platform) for learner in job.learners]
+    return Kept(sum(k.token for k in each), sum(k.split for k in each), sum(k.constant for k in each))
+
+
+def kept_by(learner: Learner, remat: str, platform: str) -> Kept:
+    d = learner.decoder
     decoder = Decoder(d.config, d.dtype, d.scan, remat, d.lower)
     batch = Batch(*(jax.ShapeDtypeStruct((1, T), t) for t in (jnp.int32, jnp.float32, jnp.int32, jnp.int32)))
-    trainable, frozen = tree.split(job.params, job.mask)
 
     def residuals(trainable: Any, frozen: Any, batch: Batch) -> list[Any]:
         hidden = lambda t: forward(decoder)(tree.join(t, frozen), batch).hidden  # noqa: E731
         return jax.tree.leaves(jax.vjp(hidden, trainable)[1])
 
-    with compiling_for(job.platform):
-        jaxpr = jax.make_jaxpr(residuals)(trainable, frozen, batch).jaxpr
+    with compiling_for(platform):
+        jaxpr = jax.make_jaxpr(residuals)(learner.trainable, learner.frozen, batch).jaxpr
     given = {id(v) for v in jaxpr.invars}
     found: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if isinstance(v, Var) and id(v) not in given}
-    weights = {x.size for x in jax.tree.leaves(job.params)}
+    weights = {x.size for x in jax.tree.leaves((learner.trainable, learner.frozen))}
     token = split = constant = 0.0
     for x in found.values():
         nbytes = x.size * x.dtype.itemsize
@@ -98,6 +102,13 @@ def total(part: Any, host: bool = False) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
+def once(part: Any) -> Any:
+    """Without the arrays that came before: a base that several models share."""
+    arrays, structure = jax.tree.flatten(part)
+    first = {id(x): i for i, x in reversed([*enumerate(arrays)])}
+    return jax.tree.unflatten(structure, [x if first[id(x)] == i else None for i, x in enumerate(arrays)])
+
+
 @dataclass
 class Estimator:
     """A job on a mesh of `sizes`; `at(rows)` is its memory with so many rows at a time on one chip."""
@@ -109,10 +120,12 @@ class Estimator:
     def __post_init__(self) -> None:
         job, mesh = self.job, abstract_mesh(dict(self.sizes))
         state, frozen, _ = placed(job, mesh)
+        passed, frozen = total(frozen), once(frozen)
         self.parameters = by_kind(frozen, state.trainable)
         self.trained, self.frozen, self.optimiser = total(state.trainable), total(frozen), total(state.opt_state)
+        self.shared = passed - self.frozen  # bytes that the step is given more than once
         self.offloaded = total(state.opt_state, host=True)
-        self.rollout = Rollout(job, self.sizes) if job.rolls_out else None
+        self.rollout = Rollout(job, self.sizes) if job.acting else None
         self.wide = wide_kernel(job, self.sizes)
         head = next((name for name in ("score", "head") if name in job.params), "embed")
         self.head_trains = bool(jax.tree.leaves(state.trainable.get(head)))
@@ -145,10 +158,14 @@ class Estimator:
         keeps, whole = self.kept(remat).bytes(tokens, tensor), self.kept("none").bytes(tokens, tensor)
         width, outputs = jnp.dtype(job.decoder.dtype).itemsize, len(c.labels) or c.vocab
         hidden = 3 * tokens * c.width * width  # after the last layer: itself, normed, its gradient
-        layer = ALIVE * max(whole - keeps, 0) / (c.layers - job.decoder.lower) + 2 * tokens * c.width * width + self.wide
+        layer = (
+            ALIVE * max(whole - keeps, 0) / len(job.learners) / (c.layers - job.decoder.lower)
+            + 2 * tokens * c.width * width
+            + self.wide
+        )
         with compiling_for(job.platform):
             block = max(block_size(self.head_trains), rows * outputs / tensor)  # a token of each row at least
-        logits = LOGITS * (2 if self.rollout else 1) * min(block, tokens * outputs / tensor)
+        logits = LOGITS * (2 if job.acting and job.acting.entropy else 1) * min(block, tokens * outputs / tensor)
         parts = {**self.parameters, "optimiser": self.optimiser}
         parts["gradients"] = self.trained * (2 if job.accumulates else 1) + self.tied
         parts[f"activations kept (remat={remat})"] = keeps

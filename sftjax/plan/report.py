@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from sftjax import tree
 from sftjax.check import ROLLOUTS, check
 from sftjax.config import UserError, default, override
 from sftjax.data import pipeline
@@ -22,7 +22,7 @@ from sftjax.plan.chips import CHIPS, GIB, MIB, SHAPES, Chip, Topology, parse
 from sftjax.plan.flops import Work, count
 from sftjax.plan.memory import POLICIES, Estimator
 from sftjax.plan.speed import EFFICIENCY, sizes_text, step_time
-from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry, refuse_unplanned
+from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry
 from sftjax.tasks.job import check_batch, check_length, check_routers
 from sftjax.tasks.rollouts import row_length
 from sftjax.train.progress import compact, duration, model_flops_per_token
@@ -59,7 +59,6 @@ def plan(
     of one chip. `compile` asks the TPU's own compiler too. Raises UserError.
     """
     where = asked(topology, price, efficiency, compile)
-    refuse_unplanned(config)
     if config.task in ROLLOUTS:
         pipeline.room(config, "prompts")
     rows = read_rows(config)
@@ -139,9 +138,11 @@ def read_rows(config: ConfigDict) -> Rows:
 
 def head(job: Dry, on: Estimator, where: Topology | None, say: Say) -> dict[str, Any]:
     c = job.config
-    total, trained = kinds.count(job.params), sum(x.size for x in jax.tree.leaves(job.trainable))
+    total, trained = kinds.count(job.params), tree.count(job.learners[0].trainable)
     how = c.method + (f" over {c.model.quantize}" if c.model.quantize else "")
     say(f"{big(total)} parameters, {how}: {big(trained)} train ({100 * trained / total:.2f} %)")
+    for text in job.said:  # of the models beside it
+        say(text)
     micro = f", {job.rows // job.micro_batches} at a time" if job.micro_batches > 1 else ""
     place = "" if where is None else f"; on {where}, {where.devices} chip{'s' * (where.devices > 1)}, {sizes_text(on.sizes)}"
     say(f"{c.task}, {job.rows} rows of {job.length:,} tokens a step{micro}, {job.decoder.dtype} products, {c.optim.name}{place}")
@@ -193,7 +194,7 @@ def largest(on: Estimator, has: float) -> int:
 
 def arithmetic(job: Dry, work: Work, say: Say) -> dict[str, Any]:
     tokens = job.rows * job.length * job.epochs
-    by_formula = model_flops_per_token(job.decoder.config, job.params, job.mask, job.length)
+    by_formula = sum(model_flops_per_token(one.decoder.config, one.params, one.mask, job.length) for one in job.learners)
     say(
         f"{big(work.flops)}FLOP a step as its products are counted, {big(work.flops / tokens)}FLOP a token: "
         f"{work.flops / tokens / by_formula:.2f} times the model's own {big(by_formula)}FLOP, rematerialisation included"
@@ -284,6 +285,8 @@ def compiled(job: Dry, on: Estimator, where: Topology, say: Say) -> dict[str, An
         f"  arguments {m.arguments / of:.2f}, outputs {m.outputs / of:.2f} of which {m.aliased / of:.2f} take the place of "
         f"arguments, temporaries {m.temporaries / of:.2f}, program {m.program / of:.2f}"
     )
+    if on.shared:
+        say(f"  a base that models share is given to each of them: {on.shared / of:.2f} of it are there already")
     if on.rollout:
         say(f"  that is the update; its answers take the estimate's {estimate.peak / of:.2f} at most")
     return dataclasses.asdict(m) | {"fits": not on.rollout or estimate.peak <= where.chip.memory, "peak": m.peak}
@@ -317,9 +320,9 @@ def suggest(config: ConfigDict, on: Estimator, where: Topology, say: Say) -> lis
 
 
 def changes(config: ConfigDict, on: Estimator, where: Topology) -> Iterator[tuple[str, dict[str, str], Topology]]:
-    if on.rollout:  # fewer answers under way, of as many to a prompt
-        n, minibatches, micro = config.train.batch_size, config.grpo.num_mini_batches, config.train.micro_batch
-        while n % (2 * on.shards * config.grpo.num_generations * minibatches) == 0:
+    if acting := on.job.acting:  # fewer answers under way, of as many to a prompt
+        n, minibatches, micro = config.train.batch_size, on.job.mini_batches, config.train.micro_batch
+        while n % (2 * on.shards * acting.answers * minibatches) == 0:
             n //= 2
             part = {} if not micro or n // minibatches % micro == 0 else {"train.micro_batch": str(n // minibatches)}
             yield f"batch_size={n}", {"train.batch_size": str(n)} | part, where

@@ -44,7 +44,7 @@ class Rollout:
     @property
     def longest(self) -> int:
         """Tokens of an answer, which are as many passes."""
-        return self.job.config.grpo.max_completion_length
+        return self.job.config[self.job.config.task].max_completion_length
 
     @property
     def slots(self) -> int:
@@ -95,16 +95,15 @@ class Rollout:
 
     def seconds(self, chip: Chip, devices: int, efficiency: float) -> float:
         """The prompts, then a pass for every token, which reads the weights, that fsdp's chips fetch from each other, and the
-        cache; then who is to be compared with the policy looks at the answers, all at once.
+        cache; then each that is to look at the answers does so, at all of them at once.
         """
-        assert chip.flops and chip.bandwidth
+        assert chip.flops and chip.bandwidth and self.job.acting
         fsdp = self.sizes["fsdp"]
         weights = self.read() / self.sizes["tensor"]
         once = self.a_pass / devices / chip.flops
         fetched = weights * (fsdp - 1) / fsdp / (chip.link / 2) if fsdp > 1 else 0.0
         passes = self.longest * max(once, (weights + self.cached) / chip.bandwidth, fetched)
-        c, length = self.job.config.grpo, self.job.length
-        looks = bool(c.beta) + (self.job.updates > 1)  # of the reference, and of the policy that answered
+        length, looks = self.job.length, self.job.acting.looks
         return (passes + (length - self.longest) * once + looks * length * once) / efficiency
 
     def read(self) -> float:

@@ -68,10 +68,12 @@ def exchanged(on: Estimator) -> float:
         return (n - 1) / n
 
     width = jnp.dtype(job.decoder.dtype).itemsize
-    weights = (on.frozen + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
+    weights = (on.frozen + on.shared + on.trained * width / 4) * sizes["fsdp"]  # masters travel in the compute dtype
     total = job.epochs * job.micro_batches * others("fsdp") * (2 * weights + on.trained * sizes["fsdp"])
     total += 2 * job.updates * others("data", "sequence", "expert") * on.trained
-    values = on.tokens() * job.epochs * job.micro_batches * c.layers * width  # bytes of one number a token in all layers
+    values = (
+        on.tokens() * job.epochs * job.micro_batches * len(job.learners) * c.layers * width
+    )  # bytes of one number a token in all layers
     total += 2 * others("tensor") * 4 * values * c.width
     total += 2 * others("sequence") * values * 2 * (c.heads + c.kv_heads) * c.head_dim / sizes["tensor"]
     return total + (4 * (sizes["expert"] - 1) * values * c.width if c.experts else 0)

@@ -134,8 +134,8 @@ class Apart:
         return self.chat.tokenise(self.chat.render([*a.question.messages, Message("assistant", a.text)]))[0]
 
 
-def add_value(job: Job, judge: Judge | None) -> Forward:
-    """Puts a value into the job as `params["value"]`, of which trains what the method says, and its head.
+def add_value(job: Job, judge: Judge | None) -> Decoder:
+    """Puts a value into the job as `params["value"]`, of which trains what the method says, and its head; `value_of` runs it.
 
     It starts as the reward model where one is given (not with method freeze, whose layers are the policy's), else as the base
     with a head that says 0 of every state.
@@ -158,12 +158,17 @@ def add_value(job: Job, judge: Judge | None) -> Forward:
             params = method.apply(params, c, (), () if judge else job.base.trained_tokens)
         mask = select.added(params, also={SCORE})
     params = owned(job, jax.tree.map(lambda x, trains: jnp.array(x, jnp.float32) if trains else x, params, mask))
-    params = sharding.placed(params, job.mesh)
+    params = job.placed(params)
     start = "the reward model" if judge else "the base, and 0 of every state"
     there = (job.trainable, job.frozen, judge and judge.params)
     trainable, frozen = tree.split(params, mask)
     job.say(f"value: starts as {start}, trains {tree.count(trainable):,} parameters, {told(params, there)}")
     job.trainable, job.frozen = job.trainable | {"value": trainable}, job.frozen | {"value": frozen}
+    return decoder
+
+
+def value_of(decoder: Decoder) -> Forward:
+    """Of the value that stands beside a policy."""
     run = forward(decoder)
     return lambda params, batch, key=None: run(params["value"], batch, key)
 

@@ -79,6 +79,10 @@ class Job:
         self.mask, self.like = mask, jax.eval_shape(lambda: params)  # what trains is given away
         self.say_what_trains(params, mask)
 
+    def placed(self, params: Any) -> Any:
+        """Of a model beside the policy, on the run's devices."""
+        return sharding.placed(params, self.mesh)
+
     @functools.cached_property
     def forward(self) -> Callable[..., Output]:
         return forward(self.decoder)

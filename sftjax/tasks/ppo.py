@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ from ml_collections import ConfigDict
 from sftjax import hosts, tree
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
-from sftjax.losses import ppo
+from sftjax.losses import Loss, ppo
 from sftjax.losses.policy import action_logps, action_logps_and_entropy
 from sftjax.losses.ppo import Played
 from sftjax.losses.tokens import Forward
-from sftjax.tasks.critics import Judge, add_value
+from sftjax.tasks.critics import Judge, add_value, value_of
 from sftjax.tasks.grpo import cut
 from sftjax.tasks.job import Job
 from sftjax.tasks.reference import reference
@@ -58,20 +59,15 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     rewards = Rewards(c.rewards, c.reward_weights, key="ppo.rewards", model=judge)
     if c.value == "reward" and len(judges) != 1:
         raise UserError(f"--config.ppo.value=reward: needs one reward model in ppo.rewards, which has {len(judges)}")
-    micro_batches = cut(config)
+    cut(config)  # refused before anything is read
     job = Job(config, workdir, force=force)
     refer: Any = reference(job)
     for one in judges:
         one.sits(job)
-    starts = len(judges) == 1 and config.method != "freeze" and c.value != "base"
-    value = add_value(job, judges[0] if starts else None)
+    value = value_of(add_value(job, judges[0] if starts_as_judge(config, len(judges)) else None))
     actor = Actor(job, c, rewards)
     look = in_parts(job, views(actor.forward, refer, value))
-    loss = ppo.ppo(actor.forward, value, cliprange=c.cliprange, cliprange_value=c.cliprange_value, vf_coef=c.vf_coef)
-
-    def learn(optimizer: optax.GradientTransformation) -> Step:
-        step = make_step(loss, optimizer, seed=config.seed, micro_batches=micro_batches, clip=config.optim.clip)
-        return iteration(over_minibatches(step, seed=config.seed, epochs=c.num_ppo_epochs, minibatches=c.num_mini_batches), c)
+    learn = partial(step_of, config, loss_of(c, actor.forward, value))
 
     def collect(step: int, state: State, prompts: np.ndarray) -> tuple[Played, dict[str, float]]:
         began = time.perf_counter()
@@ -89,9 +85,26 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         seconds = {"seconds/rollout": sampled - began, "seconds/score": time.perf_counter() - sampled}
         return hosts.own(played, job.mesh), shown | figures(answers) | seconds
 
-    updates, kept = c.num_ppo_epochs * c.num_mini_batches, jnp.float32(c.kl_coef)
-    _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=kept)
+    updates = c.num_ppo_epochs * c.num_mini_batches
+    _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=jnp.float32(c.kl_coef))
     return job.finish(tally, extra=summary(job, tally), samples=actor.samples())
+
+
+def starts_as_judge(config: ConfigDict, judges: int) -> bool:
+    """Whether the value goes on from a reward model, of so many."""
+    return judges == 1 and config.method != "freeze" and config.ppo.value != "base"
+
+
+def loss_of(c: ConfigDict, policy: Forward, value: Forward) -> Loss:
+    """By config.ppo, over a policy at its temperature and a value."""
+    return ppo.ppo(policy, value, cliprange=c.cliprange, cliprange_value=c.cliprange_value, vf_coef=c.vf_coef)
+
+
+def step_of(config: ConfigDict, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
+    """All updates of a step's answers."""
+    c = config.ppo
+    step = make_step(loss, optimizer, seed=config.seed, micro_batches=cut(config), clip=config.optim.clip)
+    return iteration(over_minibatches(step, seed=config.seed, epochs=c.num_ppo_epochs, minibatches=c.num_mini_batches), c)
 
 
 def iteration(update: Step, c: ConfigDict) -> Step:
