@@ -6,6 +6,7 @@ returns its exit code and what it printed. `end` names a function below, which e
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -156,6 +157,7 @@ def begin(argv: list[str], log: Path, end: str = "", *at: Any, env: dict[str, st
 
 
 def _live(argv: list[str], log: str, end: str, at: tuple[Any, ...], env: dict[str, str]) -> None:
+    gc.freeze()  # what was imported before the fork stays the parent's memory
     os.environ.update(env)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
