@@ -46,7 +46,7 @@ def forget(most: int) -> None:
 def forgets():
     """Compiled programs are let go of before a process has so many that Linux maps it no more memory (vm.max_map_count)."""
     yield
-    forget(16_000)
+    forget(30_000)
 
 
 @pytest.fixture(autouse=True)
