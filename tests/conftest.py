@@ -29,10 +29,10 @@ tests = itertools.count(1)
 
 
 def pytest_collection_finish():
-    """Python's collector goes through what tests make, seldom, and not each time through all that was imported for them."""
+    from toy import collect_seldom
+
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    collect_seldom()
 
 
 def forget(most: int) -> None:
