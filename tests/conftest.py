@@ -21,11 +21,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers of pytest-xdist are parallel enough
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "sftjax" / "tests-xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode does not let tests import what they share
 pytest_plugins = ["toy"]
 tests = itertools.count(1)
+
+
+def pytest_collection_finish():
+    from toy import collect_seldom
+
+    gc.collect()
+    collect_seldom()
 
 
 def forget(most: int) -> None:
@@ -39,7 +46,7 @@ def forget(most: int) -> None:
 def forgets():
     """Compiled programs are let go of before a process has so many that Linux maps it no more memory (vm.max_map_count)."""
     yield
-    forget(16_000)
+    forget(30_000)
 
 
 @pytest.fixture(autouse=True)

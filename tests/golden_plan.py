@@ -92,7 +92,7 @@ MODELS["tiny_sinks"] = {
     "num_local_experts": 4,
 }
 FSDP = {"mesh.data": 1, "mesh.fsdp": -1}
-SMALL = {"data.max_length": 256, "train.batch_size": 4}
+SMALL = {"data.max_length": 128, "train.batch_size": 2}
 # name -> model, topology, what the config changes
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama3_8b_lora": ("llama3_8b", "v6e:1x1", {"model.remat": "block", "train.batch_size": 2}),
@@ -136,7 +136,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gate_moe": ("tiny_moe", "v5e:1x1", {"model.remat": "block", "lora.targets": "q_proj,v_proj", **SMALL}),
     "gate_sinks": ("tiny_sinks", "v6e:1x1", {"model.remat": "block", "lora.targets": "q_proj,v_proj", **SMALL}),
     "gate_dpo": ("tiny", "v5p:1x1x1", {"model.remat": "block", "task": "dpo", **SMALL}),
-    "gate_grpo": ("tiny", "v6e:1x1", {"model.remat": "block", "task": "grpo", **SMALL, "train.batch_size": 8}),
+    "gate_grpo": (
+        "tiny",
+        "v6e:1x1",
+        {"model.remat": "block", "task": "grpo", **SMALL, "train.batch_size": 8, "grpo.max_completion_length": 64},
+    ),
     "gate_reward": ("tiny", "v5e:1x1", {"model.remat": "block", "task": "reward", **SMALL}),
     "gate_8bit": ("tiny", "v6e:1x1", {"model.remat": "block", "method": "full", "optim.name": "adamw_8bit", **SMALL}),
     "gate_offload": ("tiny", "v5e:1x1", {"model.remat": "block", "method": "full", "optim.offload": "true", **SMALL}),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,12 @@ def assert_trees_close(a, b, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     jax.tree_util.tree_map_with_path(check, a, b)
 
 
+@cache
+def logits_of(model):
+    """`logits_of(model)(params, batch)`: one program for all parameters and batches of the same shapes."""
+    return jax.jit(lambda params, batch: matmul(*forward(model)(params, batch)[:2]))
+
+
 def assert_greedy(model, params, prompts, answers, slack=1e-4):
     """Each token of each answer has the largest logit of one whole forward, within `slack`."""
     T = 128
@@ -91,8 +98,7 @@ def assert_greedy(model, params, prompts, answers, slack=1e-4):
         ids = [*p, *a.ids]
         tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
     positions = np.broadcast_to(np.arange(T), tokens.shape)
-    hidden, head, _ = jax.jit(forward(model))(params, Batch(tokens, None, segments, positions))
-    logits = np.asarray(matmul(hidden, head), np.float32)
+    logits = np.asarray(logits_of(model)(params, Batch(tokens, None, segments, positions)), np.float32)
     for row, (p, a) in enumerate(zip(prompts, answers)):
         at = logits[row, len(p) - 1 : len(p) - 1 + len(a.ids)]
         np.testing.assert_array_less(at.max(-1) - at[np.arange(len(a.ids)), a.ids], slack)

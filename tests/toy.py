@@ -6,6 +6,7 @@ returns its exit code and what it printed. `end` names a function below, which e
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -139,6 +140,12 @@ def toy(tmp_path_factory) -> Toy:
 # Lives
 
 
+def collect_seldom() -> None:
+    """Python's collector goes through what comes from here on, seldom, and no more through all that was imported."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def live(argv: list[str], log: Path, end: str = "", *at: Any, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Runs `sftjax argv` to its end, or to the end that `end(*at)` makes: (exit code, or minus the signal; what it printed)."""
     life = begin(argv, log, end, *at, env=env)
@@ -156,6 +163,7 @@ def begin(argv: list[str], log: Path, end: str = "", *at: Any, env: dict[str, st
 
 
 def _live(argv: list[str], log: str, end: str, at: tuple[Any, ...], env: dict[str, str]) -> None:
+    collect_seldom()
     os.environ.update(env)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)

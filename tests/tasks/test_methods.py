@@ -1,6 +1,7 @@
 """Every method on an untied Llama and a tied Qwen3.
 
-It starts from what the base says, lowers the loss, goes on after a stop as if there had been none, and comes out as trained.
+It starts from what the base says, lowers the loss and comes out as trained; over Qwen3 it also goes on after a stop as if
+there had been none, which is nothing of the base's.
 """
 
 import shutil
@@ -34,17 +35,17 @@ STEPS, HALF = 6, 3
 
 @pytest.fixture(scope="module", params=BASES)
 def world(request, toy, tmp_path_factory):
-    """(settings of a run from a base, the evaluation loss of the base itself)."""
+    """(a base's family, settings of a run from it, the evaluation loss of the base itself)."""
     root = tmp_path_factory.mktemp(request.param)
     base = worlds.make_base(root / "base", request.param, attention_bias=True, **BASES[request.param])
     settings = {"model.path": str(base), "train.steps": STEPS, "train.save_every": HALF, "train.eval_every": 0}
     one = tasks.train(toy.config(**settings | METHODS["full"] | {"train.steps": 1}), root / "one")
-    return settings, one["eval_loss_before"]
+    return request.param, settings, one["eval_loss_before"]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method(name, toy, world, tmp_path):
-    settings, untrained = world
+    family, settings, untrained = world
     config = toy.config(**settings | METHODS[name])
     summary = tasks.train(config, tmp_path / "run")
     assert summary["eval_loss"] < 0.95 * summary["eval_loss_before"]
@@ -55,6 +56,8 @@ def test_method(name, toy, world, tmp_path):
     for form in forms:  # it raises where what is read back is not what was trained
         assert export(tmp_path / "run", to=form, out=tmp_path / form) < 1e-3
 
+    if family != "qwen3":
+        return
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
     shutil.rmtree(again / "checkpoints" / str(STEPS))

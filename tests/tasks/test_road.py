@@ -17,7 +17,7 @@ def sftjax(*argv):
     assert end.value.code == 0
 
 
-@pytest.mark.parametrize("data", ["llamafactory/alpaca_en_demo.json", "gsm8k/train.jsonl"])
+@pytest.mark.parametrize("data", ["llamafactory/alpaca_en_demo.json", "gsm8k/test.jsonl"])
 def test_from_a_public_file_to_answers(shared, tmp_path, data):
     base, file, work, out = shared / "data/hf_models/stories260K", shared / "data" / data, tmp_path / "run", tmp_path / "out"
     small = {
