@@ -160,7 +160,9 @@ def prompting(stream: Prompts) -> str:
 
 def packing(stream: Stream) -> str:
     kind = "rows" if stream.packing else "rows (one example each)"
+    few = f"\n{stream.few}" if stream.few else ""
     return (
         f"an epoch: {stream.bins:,} {kind} of {stream.length} tokens, {stream.fullness:.1%} full = "
         f"{stream.bins / stream.batch_size:,.1f} steps of {stream.batch_size}; steps of the run: {stream.steps_total:,}"
+        f"{few}"
     )

@@ -28,6 +28,9 @@ from sftjax.data.rows import Rows
 WHOLE = 128  # rows' lengths are its multiples
 
 
+FEW = 50  # steps, in which a model learns little
+
+
 class Stream:
     """The training batches of `rows` under config.data, config.train and config.seed.
 
@@ -57,6 +60,17 @@ class Stream:
             raise UserError(
                 f"train.epochs={config.train.epochs} of {counted(len(rows))} makes no step; use more epochs or set train.steps"
             )
+
+    @property
+    def few(self) -> str | None:
+        """What to say where packing leaves few steps, of which somebody used to a row an example may have expected many."""
+        examples = len(self.rows) / self.bins
+        if self.end is None or self.steps_total >= FEW or examples < 2:
+            return None
+        return (
+            f"only {self.steps_total} steps: {examples:,.0f} examples share a row of {self.length:,} tokens, and a step has "
+            f"{self.batch_size} rows; --config.train.batch_size=1 or more --config.train.epochs makes more of them"
+        )
 
     def epoch(self, step: int) -> float:
         """How many epochs `step` steps have seen."""

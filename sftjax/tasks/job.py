@@ -71,6 +71,8 @@ class Job:
         with hosts.agreeing():
             self.run.lock()
             self.stream = stream(self.splits.train, config, mine=hosts.own_rows(self.mesh, config.train.batch_size))
+            if self.stream.few:
+                self.say(self.stream.few)
             self.manifest = self.describe()
             self.refuse_another_run(force)
         hosts.refuse_differences(same_everywhere(self.manifest))

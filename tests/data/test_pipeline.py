@@ -346,6 +346,19 @@ def test_several_epochs_run_on_without_a_seam(many, packing):
     assert stream.epoch(stream.steps_total) >= 2
 
 
+def test_few_steps_of_many_examples_are_told(many):
+    c, rows = many
+    c = c.copy_and_resolve_references()
+    c.train.batch_size = 8
+    stream = Stream(rows, c)
+    assert f"only {stream.steps_total} steps: {150 / stream.bins:.0f} examples share a row" in stream.few
+    for key, value in {"train.steps": 5, "train.epochs": 200.0, "data.packing": False}.items():
+        other = c.copy_and_resolve_references()
+        group, name = key.split(".")
+        other[group][name] = value
+        assert Stream(rows, other).few is None
+
+
 def test_a_batch_is_a_function_of_its_step(many):
     c, rows = many
     c = c.copy_and_resolve_references()
