@@ -90,35 +90,37 @@ class Desk:
     def chatted(self, body: Any) -> Asked:
         """Of POST /v1/chat/completions. Raises Refused."""
         self.check(body, CHAT)
-        variables = body.get("chat_template_kwargs") or {}
-        if not isinstance(variables, dict) or SET_HERE & variables.keys():
-            taken = ", ".join(sorted(SET_HERE & variables.keys())) if isinstance(variables, dict) else ""
-            reason = f"{taken} is not for callers to set" if taken else "needs an object"
-            raise Refused(f"chat_template_kwargs: {reason}", "chat_template_kwargs")
-        tools = body.get("tools") if body.get("tool_choice") != "none" else None
-        if body.get("tool_choice") not in (None, "auto", "none"):
-            raise Refused("tool_choice: only auto and none are supported", "tool_choice")
-        if not isinstance(body.get("messages"), list):
-            raise Refused("messages: needs a list of messages", "messages")
-        if not self.chat.template:
-            raise Refused(f"{self.name} has no chat template; ask /v1/completions", "messages")
-        try:
-            ids = conversation_ids(self.chat, body["messages"], "messages", **variables)
-        except RowError as e:
-            raise Refused(str(e), "messages") from None
-        if tools:
-            without = ids
-            try:
-                ids = conversation_ids(self.chat, body["messages"], "messages", read_tools(tools, "tools"), **variables)
-            except RowError as e:
-                raise Refused(str(e), "tools") from None
-            if ids == without:
-                raise Refused(f"the template of {self.name} writes no tools; leave them out", "tools")
         longest = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
         top = whole(body, "top_logprobs", 0, 0, MOST) if flag(body, "logprobs") else None
         if top is None and body.get("top_logprobs"):
             raise Refused("top_logprobs: needs logprobs, which is not asked for", "top_logprobs")
-        return self.asked(body, [ids], whole(body, longest, self.engine.limit, 1), top, echo=False)
+        return self.asked(body, [self.turns_ids(body)], whole(body, longest, self.engine.limit, 1), top, echo=False)
+
+    def turns_ids(self, body: dict[str, Any]) -> list[int]:
+        """The conversation up to where its answer begins, with the tools where it is given any."""
+        turns, variables = body.get("messages"), body.get("chat_template_kwargs") or {}
+        if not isinstance(turns, list):
+            raise Refused("messages: needs a list of messages", "messages")
+        if not self.chat.template:
+            raise Refused(f"{self.name} has no chat template; ask /v1/completions", "messages")
+        if not isinstance(variables, dict):
+            raise Refused("chat_template_kwargs: needs an object", "chat_template_kwargs")
+        if taken := SET_HERE & variables.keys():
+            raise Refused(f"chat_template_kwargs: {min(taken)} is not for callers to set", "chat_template_kwargs")
+        if body.get("tool_choice") not in (None, "auto", "none"):
+            raise Refused("tool_choice: only auto and none are supported", "tool_choice")
+        field = "messages"
+        try:
+            ids = conversation_ids(self.chat, turns, field, **variables)
+            if not body.get("tools") or body.get("tool_choice") == "none":
+                return ids
+            field = "tools"
+            told = conversation_ids(self.chat, turns, "messages", read_tools(body["tools"], field), **variables)
+        except RowError as e:
+            raise Refused(str(e), field) from None
+        if told == ids:
+            raise Refused(f"the template of {self.name} writes no tools; leave them out", "tools")
+        return told
 
     def completed(self, body: Any) -> Asked:
         """Of POST /v1/completions. Raises Refused."""
