@@ -25,6 +25,14 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+TINY = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3_8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama3_70b": LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -59,37 +67,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "tie_word_embeddings": False,
     },
-    "tiny": LLAMA
-    | {
-        "vocab_size": 2048,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+    "tiny": LLAMA | TINY,
 }
-MODELS["tiny_moe"] = MODELS["mixtral"] | {
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-}
-MODELS["tiny_sinks"] = {
+MODELS["tiny_moe"] = MODELS["mixtral"] | TINY | {"num_local_experts": 4}
+MODELS["tiny_sinks"] = TINY | {
     "model_type": "gpt_oss",
     "head_dim": 64,
+    "num_local_experts": 4,
     "num_experts_per_tok": 4,
     "dtype": "bfloat16",
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
 }
 FSDP = {"mesh.data": 1, "mesh.fsdp": -1}
 SMALL = {"data.max_length": 128, "train.batch_size": 2}

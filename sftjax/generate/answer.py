@@ -63,7 +63,8 @@ def run_generate(
     beside = resolve(adapter, needs="adapter_config.json") if adapter else None
     weights = [hash_weights(folder) for folder in (opened.directory, beside) if folder]
     asked = [(q.ids, line(q, Generated([], False))) for q in questions]
-    of = fingerprint([weights, quantize, str(engine.model.dtype), sorted(engine.stop_ids), options, asked])
+    decides = [weights, quantize, str(engine.model.dtype), sorted(engine.stop_ids), options, asked]
+    of = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     bars = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with kept(target, of) as journal, whole(target) as file, Progress(*bars, console=console) as progress:
@@ -104,10 +105,6 @@ def kept(target: Path, of: str) -> Iterator[Journal]:
         yield journal
     if not pipe:
         path.unlink()
-
-
-def fingerprint(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def ask(engine: Engine, chat: Chat, examples: Sequence[Example]) -> list[Question]:

@@ -150,6 +150,7 @@ class Engine:
             n = chunk(n, time.perf_counter() - began)
 
     def row(self, prompt: Sequence[int], max_new_tokens: int, number: int, seed: int, sampling: Sampling = GREEDY) -> Row:
+        """A prompt as a flight of this engine's takes it."""
         return Row([*prompt], min(len(prompt) + max_new_tokens, self.limit), number, seed, sampling)
 
     def flight(self, slots: int, sampling: Sampling | None, draft_tokens: int) -> Flight:

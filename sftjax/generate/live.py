@@ -76,11 +76,6 @@ class Live:
             self.closed = True
             self.changed.notify()
 
-    def close(self) -> None:
-        """Ends the thread, whatever is under way."""
-        self.end()
-        self.thread.join()
-
     def _run(self) -> None:
         n = 0
         while self._wait():

@@ -9,6 +9,7 @@ POST /v1/completions        texts or tokens; with echo and logprobs the prompts 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import json
 import os
@@ -116,7 +117,8 @@ def bound(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as e:
-        reason = "is in use; --port=0 finds a free one" if getattr(e, "errno", None) == 98 else f"cannot be had ({e})"
+        used = isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+        reason = "is in use; --port=0 finds a free one" if used else f"cannot be had ({e})"
         raise UserError(f"--host={host} --port={port}: {reason}") from e
 
 
@@ -204,41 +206,38 @@ class Service:
             return refusal(e)
 
     async def whole(self, asked: Asked, envelope: Envelope) -> dict[str, Any]:
-        prompts = [ids for ids in asked.prompts for _ in range(asked.n)]
-        answers = [Generated([], False) for _ in prompts]
-        async for index, said in self.said(asked):
-            if isinstance(said, Generated):
-                answers[index] = said
+        found = {index: said async for index, said in self.said(asked) if isinstance(said, Generated)}
+        answers = [found[index] for index in range(len(asked.rows))]
         # a completion's log-probs have the token that ended it, as vLLM's do: the harness takes one off the end
         made = [a.ids if envelope.chat or a.stop_id is None else [*a.ids, a.stop_id] for a in answers]
-        scores = await self.scored(asked, prompts, made)
+        scores = await self.scored(asked, made)
+        tell = replies.chat_logprobs if envelope.chat else replies.text_logprobs
         choices = []
-        for i, (ids, answer) in enumerate(zip(prompts, answers)):
+        for i, (ids, answer) in enumerate(zip(asked.rows, answers)):
             held = [*ids, *made[i]] if asked.echo else made[i]
-            text = answer.text
-            if asked.echo:
-                text = self.desk.chat.tokenizer.decode(ids, skip_special_tokens=True) + text
-            tell = replies.chat_logprobs if envelope.chat else replies.text_logprobs
             logprobs = None if scores is None else tell(self.desk.chat.tokenizer, held, scores[i])
-            choices.append(envelope.choice(i, text, replies.finish(answer), logprobs))
+            choices.append(envelope.choice(i, self.echoed(asked, ids) + answer.text, replies.finish(answer), logprobs))
         return envelope.whole(choices, replies.usage(asked.prompts, [answer.ids for answer in answers]))
 
-    async def scored(self, asked: Asked, prompts: list[list[int]], made: list[list[int]]) -> list[Scored] | None:
+    def echoed(self, asked: Asked, ids: list[int]) -> str:
+        """What stands before the answer to a prompt."""
+        return self.desk.chat.tokenizer.decode(ids, skip_special_tokens=True) if asked.echo else ""
+
+    async def scored(self, asked: Asked, made: list[list[int]]) -> list[Scored] | None:
         """Log-probs of what was made, or of all after each prompt's first token where it is echoed; None where nobody asks."""
         if asked.top is None:
             return None
-        after = [1 if asked.echo else len(ids) for ids in prompts]
-        whole = [[*ids, *new] for ids, new in zip(prompts, made)]
+        after = [1 if asked.echo else len(ids) for ids in asked.rows]
+        whole = [[*ids, *new] for ids, new in zip(asked.rows, made)]
         before, rest = [ids[:n] for ids, n in zip(whole, after)], [ids[n:] for ids, n in zip(whole, after)]
         return await run_in_threadpool(self.desk.engine.score, before, rest, top=asked.top, batch_size=self.live.slots)
 
     async def stream(self, asked: Asked, envelope: Envelope) -> AsyncIterator[str]:
         tokenizer = self.desk.chat.tokenizer
-        prompts = [ids for ids in asked.prompts for _ in range(asked.n)]
-        writers = [Writer(tokenizer, asked.stop, ids) for ids in prompts]
-        sent, answers = [""] * len(prompts), []
-        for i, ids in enumerate(prompts):
-            text = tokenizer.decode(ids, skip_special_tokens=True) if asked.echo else ""
+        writers = [Writer(tokenizer, asked.stop, ids) for ids in asked.rows]
+        sent, answers = [""] * len(writers), []
+        for i, ids in enumerate(asked.rows):
+            text = self.echoed(asked, ids)
             if envelope.chat or text:
                 yield envelope.piece([envelope.delta(i, text, first=True)])
         try:
@@ -261,7 +260,7 @@ class Service:
     async def said(self, asked: Asked) -> AsyncIterator[tuple[int, list[int] | Generated]]:
         """(which answer, tokens of it as they come, and at last the answer), of all that were asked for. Raises Refused."""
         if not max(asked.max_new_tokens):
-            for index in range(len(asked.prompts) * asked.n):
+            for index in range(len(asked.rows)):
                 yield index, Generated([], False)
             return
         loop = asyncio.get_running_loop()
@@ -271,9 +270,9 @@ class Service:
             return lambda said: loop.call_soon_threadsafe(heard.put_nowait, (index, said))
 
         under_way = {}
-        for i, (ids, new) in enumerate(zip(asked.prompts, asked.max_new_tokens)):
-            for at in range(i * asked.n, (i + 1) * asked.n):
-                under_way[at] = Request(ids, new, teller(at), at, asked.seed, asked.sampling, asked.stop)
+        for at, ids in enumerate(asked.rows):
+            new = asked.max_new_tokens[at // asked.n]
+            under_way[at] = Request(ids, new, teller(at), at, asked.seed, asked.sampling, asked.stop)
         try:
             try:
                 self.live.ask(list(under_way.values()))
@@ -321,9 +320,10 @@ async def unless_gone(request: requests.Request, answering: Awaitable[dict[str, 
     return task.result()
 
 
-async def no_such_path(request: requests.Request, _: Exception) -> Response:
-    paths = "/v1/chat/completions, /v1/completions, /v1/models"
-    return refusal(Refused(f"{request.url.path}: no such path; there are {paths}", status=404))
+async def no_such_path(request: requests.Request, e: Any) -> Response:
+    there = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models"
+    asked = f"{request.method} {request.url.path}"
+    return refusal(Refused(f"{asked}: there is no such thing; there are {there}", status=e.status_code))
 
 
 def refusal(e: Refused) -> JSONResponse:

@@ -77,6 +77,11 @@ class Asked:
     top: int | None  # log-probs are told, and so many alternatives
     echo: bool  # the prompt stands before its answer
 
+    @property
+    def rows(self) -> list[list[int]]:
+        """The prompt of each answer."""
+        return [ids for ids in self.prompts for _ in range(self.n)]
+
 
 @dataclass(frozen=True)
 class Desk:

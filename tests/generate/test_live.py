@@ -94,7 +94,7 @@ def test_each_answer_is_the_one_it_has_alone(engine, alone, slots, draft_tokens,
         if n % 4 == 3:
             heard.until(lambda h, least=n // 2: len(h.tokens) >= least)
     heard.until(lambda h: len(h.answers) == len(order))
-    live.close()
+    live.end()
     assert [heard.answers[i] for i in range(len(order))] == alone
     for i, answer in enumerate(alone):
         assert heard.tokens[i][: len(answer.ids)] == answer.ids
@@ -135,7 +135,8 @@ def test_who_no_longer_waits_makes_room(engine, alone):
     heard.until(lambda h: "first" in h.tokens)
     live.drop(gone)
     heard.until(lambda h: 0 in h.answers)
-    live.close()
+    live.end()
+    live.thread.join()
     assert heard.answers == {0: alone[0]} and "second" not in heard.tokens and not live.under_way
 
 
@@ -157,7 +158,7 @@ def test_a_failure_is_told_and_the_next_is_answered(engine, alone, monkeypatch, 
     assert [str(heard.answers.pop(i)) for i in (0, 1)] == ["RESOURCE_EXHAUSTED"] * 2
     live.ask([request(0, heard.teller(0))])
     heard.until(lambda h: h.answers)
-    live.close()
+    live.end()
     assert heard.answers == {0: alone[0]} and isinstance(alone[0], Generated)
 
 
@@ -171,7 +172,6 @@ def test_who_waits_when_it_ends_is_told(engine):
     assert all(str(heard.answers[i]) == "no more answers are made" for i in (1, 2))
     with pytest.raises(UserError, match="no more answers"):
         live.ask([Request([7], 1, print)])
-    live.close()
 
 
 def test_what_cannot_be_answered_is_refused_when_it_is_asked(engine):
@@ -180,6 +180,6 @@ def test_what_cannot_be_answered_is_refused_when_it_is_asked(engine):
         with pytest.raises(UserError):
             live.ask([Request([1], 4, print), bad])
     assert not live.waiting
-    live.close()
+    live.end()
     with pytest.raises(UserError, match="slots=0"):
         Live(engine, Letters(), slots=0)

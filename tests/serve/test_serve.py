@@ -307,7 +307,7 @@ def test_a_model_answers_as_its_generation_config_says(tmp_path, desk, url):
 def test_who_may_ask(desk, served, url):
     root, _ = served
     assert json.loads(send(f"{url}/models")[1])["data"][0] == json.loads(send(f"{url}/models/toy")[1])
-    assert send(f"{url}/models/other")[0] == send(f"{url}/completions")[0] == 404
+    assert send(f"{url}/models/other")[0] == 404 and send(f"{url}/completions")[0] == 405
     assert json.loads(send(f"{root}/health")[1]) == {"status": "ok"} and "<title>" in send(root)[1]
     body = {"messages": HI, "max_tokens": 1}
     assert send(f"{url}/chat/completions", body, Host="evil.example")[0] == 400  # DNS rebinding
