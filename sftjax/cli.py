@@ -226,7 +226,7 @@ def eval_config(args: argparse.Namespace) -> Any:
             refuse_keys(args.overrides, KEYS)
     if args.config:
         return load_config(args)
-    config = read_config(Path(args.workdir).expanduser()) if args.workdir else default()
+    config = read_config(args.workdir) if args.workdir else default()
     for item in args.overrides:
         override(config, *item.split("=", 1))
     return config
@@ -287,7 +287,7 @@ def export_(args: argparse.Namespace) -> None:
         from sftjax.tasks.export import export, read_config
 
         export(args.workdir, checkpoint=args.checkpoint or "last", base=args.base, **shared)
-        quantize = read_config(Path(args.workdir)).model.quantize
+        quantize = read_config(args.workdir).model.quantize
     else:
         from sftjax.tasks.combine import export_adapters
 
@@ -403,13 +403,15 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_compilations(workdir: str | None = None) -> None:
-    """What XLA compiled is kept between runs: in .xla beside the run's directory, or in ~/.cache/sftjax/xla without a run;
-    JAX_COMPILATION_CACHE_DIR says otherwise."""
+    """What XLA compiled is kept between runs: in .xla beside the run's directory, or in ~/.cache/sftjax/xla without a run or
+    with one in a bucket; JAX_COMPILATION_CACHE_DIR says otherwise."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        beside = f"{os.path.dirname(workdir.rstrip('/')) or '.'}/.xla" if workdir else "~/.cache/sftjax/xla"
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(beside))
+        place = "~/.cache/sftjax/xla"
+        if workdir and "://" not in workdir:
+            place = f"{os.path.dirname(workdir.rstrip('/')) or '.'}/.xla"
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(place))
 
 
 VERBS = {

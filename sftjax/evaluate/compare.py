@@ -31,7 +31,7 @@ from sftjax.evaluate.prompts import Ask, Variant, ask, read_variants
 from sftjax.evaluate.shown import many, page, show_all
 from sftjax.generate.questions import UNASKED
 from sftjax.generate.sampling import choose
-from sftjax.train.run import full_disk, replace
+from sftjax.train.files import replace, writing
 
 AS_GIVEN = "as given"  # the prompt where no file of prompts is
 
@@ -103,7 +103,7 @@ def run_compare(
     result = {"data": data, "options": asdict(options) | {"quantize": quantize}, **result}
     result["models"] = [asdict(m.contender) | {"notes": m.notes} for m in opened]
     result["prompts"] = [asdict(v) for v in variants]
-    with full_disk(where):
+    with writing(where):
         replace(where / "predictions.jsonl", b"".join(predictions(asked, given, scores)))
         replace(where / "compare.json", (json.dumps(result, ensure_ascii=False, indent=1) + "\n").encode(errors="replace"))
         replace(where / "compare.html", page(result, asked, given, scores).encode(errors="replace"))

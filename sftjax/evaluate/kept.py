@@ -18,7 +18,7 @@ from sftjax.data.chat import as_dict
 from sftjax.data.lines import Journal
 from sftjax.evaluate.endpoint import Reply
 from sftjax.evaluate.prompts import Ask
-from sftjax.train.run import full_disk
+from sftjax.train.files import writing
 
 
 class Kept:
@@ -26,7 +26,7 @@ class Kept:
 
     def __init__(self, path: Path):
         self.path = path
-        with full_disk(path.parent):
+        with writing(path.parent):
             self.journal = Journal(path)
         self.replies: dict[str, Reply] = {}
         for held in self.journal.held:
@@ -48,7 +48,7 @@ class Kept:
     def __setitem__(self, key: str, reply: Reply) -> None:
         self.replies[key] = reply
         if reply.refused is None:
-            with full_disk(self.path.parent):
+            with writing(self.path.parent):
                 self.journal.add({"key": key, **{name: value for name, value in asdict(reply).items() if name != "refused"}})
 
 

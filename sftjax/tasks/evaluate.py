@@ -43,6 +43,7 @@ from sftjax.tasks import preferred, scored
 from sftjax.tasks.base import Base
 from sftjax.tasks.export import read_config, refuse_another_base, restore
 from sftjax.tasks.job import check_batch, eval_rows
+from sftjax.train.files import directory
 from sftjax.train.manifest import difference, leaves
 from sftjax.train.report import write_report
 from sftjax.train.run import Run, clean, read_json
@@ -100,7 +101,7 @@ def evaluate_run(
     `config` is the run's own with other wishes about its evaluation; None is as it was trained. `split` is test or eval; None is
     test where the run has such rows. `options` as in `measure`. Returns what eval.json holds. Raises UserError.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = directory(workdir)
     if split not in (None, "test", "eval"):
         raise UserError(f"--split={split}: needs test or eval")
     own = read_config(workdir)

@@ -32,6 +32,7 @@ from sftjax.hf.verify import Verified, distance, score, verify
 from sftjax.models.config import DecoderConfig
 from sftjax.tasks.base import Base
 from sftjax.train.checkpoint import Checkpoints
+from sftjax.train.files import directory
 from sftjax.train.manifest import hash_template, hash_tokenizer, hash_weights
 from sftjax.train.run import read_json
 from sftjax.train.step import init_state
@@ -64,7 +65,7 @@ def export(
     `dtype` None keeps each tensor's own. Raises UserError, and ExportError where what was read back is not what was trained;
     `out` is then as it was.
     """
-    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
+    workdir, out = directory(workdir), Path(out).expanduser()
     config = read_config(workdir)
     refuse_form(to, base, dtype, config)
     dtype = dtype and dtype_name(dtype)
@@ -234,9 +235,9 @@ def untouched(params: Any, mask: Any) -> set[str]:
     return {path for path, w in tree.flatten(params).items() if path not in touched and isinstance(w, jax.Array)}
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: str | Path) -> ConfigDict:
     """The config of a run's directory. Raises UserError where there is none."""
-    file = workdir / "config.json"
+    file = directory(workdir) / "config.json"
     if not file.is_file():
         raise UserError(f"--workdir={workdir}: no config.json there, so it is no run's directory")
     config = schema.default()

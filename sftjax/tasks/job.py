@@ -180,9 +180,9 @@ class Job:
         }
         self.run.write_lines("samples.jsonl", samples)
         self.run.write_json("summary.json", summary)
+        self.run.close()
         if hosts.first():
             write_report(self.run.workdir)
-        self.run.close()
         hosts.gather(0)  # the others wait here until all is written: where they leave, there is a limit
         return summary
 

@@ -27,7 +27,6 @@ from sftjax.losses.tokens import Forward
 from sftjax.tasks.job import Job, eval_rows
 from sftjax.tasks.rewards import Answered
 from sftjax.train.meter import Tally
-from sftjax.train.run import read_metrics
 from sftjax.weights import kinds
 from sftjax.weights.select import uncut
 
@@ -159,7 +158,7 @@ def in_parts(job: Job, look: Callable[[Any, Batch], Any]) -> Callable[[Any, Batc
 def summary(job: Job, tally: Tally) -> dict[str, Any]:
     """For summary.json: held-out rewards before and after, the distance from the reference at the end, and the median
     seconds of a step by stage, which it says too."""
-    lines = [line for line in read_metrics(job.run.workdir / "metrics.jsonl") if line["kind"] == "train"]
+    lines = [line for line in job.run.read_metrics() if line["kind"] == "train"]
     names = [name for name in lines[-1] if name.startswith("seconds/")] if lines else []
     seconds = {name.removeprefix("seconds/"): float(np.median([line[name] for line in lines])) for name in names}
     if seconds:

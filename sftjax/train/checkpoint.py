@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from sftjax import hosts
 from sftjax.config import UserError
+from sftjax.train.files import in_bucket
 
 
 class Restored(NamedTuple):
@@ -64,7 +65,7 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(directory if in_bucket(directory) else directory.absolute(), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -160,6 +160,7 @@ def fit(
             saves |= tally.stale_for(c.patience)
             if saves:
                 meter.read(step)
+                run.flush()
                 checkpoints.save(step, state, dataclasses.asdict(tally), best=int(tally.best["step"]) if tally.best else None)
             if evaluates or saves or watches:
                 meter.start()

@@ -18,10 +18,11 @@ from sftjax.config import UserError
 from sftjax.evaluate import table
 from sftjax.evaluate.figures import verdict
 from sftjax.train import chart, tables
+from sftjax.train.files import directory, replace, writing
 from sftjax.train.fit import judge, rewarded
 from sftjax.train.manifest import leaves, show
 from sftjax.train.progress import compact, duration
-from sftjax.train.run import clean, full_disk, lines, read_json, read_metrics, replace
+from sftjax.train.run import clean, lines, read_json, read_metrics
 
 SHOWN_SAMPLES = 200
 EXACT = (("fixed", "wrong → correct"), ("kept", "correct in both"), ("broken", "correct → wrong"), ("missed", "wrong in both"))
@@ -35,7 +36,7 @@ def write_report(workdir: str | Path) -> Path:
     """Writes W/report.html and gives its path. Raises UserError where the directory holds no run."""
     import jinja2
 
-    workdir = Path(workdir)
+    workdir = directory(workdir)
     if not (workdir / "metrics.jsonl").exists() and not (workdir / "summary.json").exists():
         raise UserError(f"--workdir={workdir}: neither metrics.jsonl nor summary.json is there; run sftjax train first")
     loader = jinja2.PackageLoader("sftjax.train", ".")
@@ -43,7 +44,7 @@ def write_report(workdir: str | Path) -> Path:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = env.get_template("report.html.jinja").render(view(workdir), nonce=secrets.token_hex(16))
-    with full_disk(workdir):
+    with writing(workdir):
         replace(workdir / "report.html", html.encode(errors="replace"))
     return workdir / "report.html"
 

@@ -6,28 +6,28 @@
                      {"step": 20, "kind": "sample", "answers": [{"prompt", "expected", "text", "stopped", "exact"}]}
     W/tensorboard/   W/checkpoints/
 
-A JSON file is whole or absent: written beside its place, synced, renamed. A line of metrics is in the kernel's hands when
-`log` returns, so `kill -9` loses none. What resuming needs of its caller: a step's metrics are logged before its checkpoint
-is saved, and `resume_from(step)` is called before the first `log`. Only process 0 writes; elsewhere every method does nothing.
+A JSON file is whole or absent. A line of metrics is in the kernel's hands when `log` returns, so `kill -9` loses none; in a
+bucket it is there after the next `flush`. What resuming needs of its caller: a step's metrics are logged and flushed before its
+checkpoint is saved, and `resume_from(step)` is called before the first `log`. Only process 0 writes; elsewhere every method does
+nothing.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
 import numbers
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from sftjax.config import UserError
-from sftjax.train import tensorboard
+from sftjax.train import files, tensorboard
+from sftjax.train.files import replace, writing
 
 # A lock is the process's: it is gone as soon as any descriptor of its file is closed, so there is one, whatever runs there are.
 LOCKS: dict[Path, int] = {}
@@ -54,25 +54,18 @@ class Run:
         writer: bool | None = None,
         option: str = "--workdir",
     ):
-        if "://" in str(workdir):
-            raise UserError(f"{option}={workdir}: the directory is to be a local one; copy it to a bucket afterwards")
         if writer is None:
             import jax
 
             writer = jax.process_index() == 0
-        self.workdir = Path(workdir).expanduser()
+        self.workdir = files.directory(workdir, option)
         self.writer = writer
         self.use_tensorboard = use_tensorboard
         self.purge_step: int | None = None
-        self.fd: int | None = None
+        self.metrics: files.Growing | None = None
         self.events: tensorboard.Writer | None = None
         if writer:
-            try:
-                self.workdir.mkdir(parents=True, exist_ok=True)
-                if not os.access(self.workdir, os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            except OSError as e:
-                raise UserError(f"{option}={workdir}: cannot be made or written ({e.strerror}); choose another directory") from e
+            files.make(self.workdir, option)
 
     def __enter__(self) -> Run:
         return self
@@ -82,8 +75,10 @@ class Run:
 
     def lock(self) -> None:
         """Keeps other processes from this directory until `unlock`, or this one's end. Raises UserError where one has it."""
+        if not self.writer or files.in_bucket(self.workdir):
+            return
         path = (self.workdir / ".lock").resolve()
-        if not self.writer or path in LOCKS:
+        if path in LOCKS:
             return
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -114,7 +109,7 @@ class Run:
         line, lost = clean({"step": int(step), "kind": kind, **values})
         if lost:
             line["nonfinite"] = lost
-        with full_disk(self.workdir):
+        with writing(self.workdir):
             self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
             if self.use_tensorboard:
                 if self.events is None:
@@ -124,7 +119,7 @@ class Run:
     def note(self, step: int, kind: str, fields: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl that holds more than numbers; TensorBoard is not told. Raises as `log`."""
         if self.writer:
-            with full_disk(self.workdir):
+            with writing(self.workdir):
                 line = clean({"step": int(step), "kind": kind, **fields})[0]
                 self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n")
 
@@ -134,7 +129,7 @@ class Run:
             return
         self.close()
         path = self.workdir / "metrics.jsonl"
-        with full_disk(self.workdir):
+        with writing(self.workdir):
             if path.exists():
                 kept = b"".join(raw + b"\n" for raw, line in lines(path) if line["step"] <= step)
                 if kept != path.read_bytes():
@@ -148,7 +143,7 @@ class Run:
         value, lost = clean(value)
         if lost and isinstance(value, dict):
             value["nonfinite"] = lost
-        with full_disk(self.workdir):
+        with writing(self.workdir):
             replace(self.workdir / name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
     def write_lines(self, name: str, rows: list[Any]) -> None:
@@ -156,34 +151,37 @@ class Run:
         if not self.writer:
             return
         text = "".join(json.dumps(clean(row)[0], ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        with full_disk(self.workdir):
+        with writing(self.workdir):
             replace(self.workdir / name, text.encode(errors="replace"))
 
     def read_json(self, name: str) -> Any:
         """What `write_json` wrote, or None where there is no such file. Raises UserError where it is not JSON."""
         return read_json(self.workdir / name)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """What was logged, here and before."""
+        self.flush()
+        return read_metrics(self.workdir / "metrics.jsonl")
+
+    def flush(self) -> None:
+        """What was logged is where others find it."""
+        with writing(self.workdir):
+            for file in (self.metrics, self.events):
+                if file is not None:
+                    file.flush()
+
     def close(self) -> None:
         """Closes what is open; a later `log` opens it again."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-        if self.events is not None:
-            with full_disk(self.workdir):
-                self.events.close()
-            self.events = None
+        with writing(self.workdir):
+            for file in (self.metrics, self.events):
+                if file is not None:
+                    file.close()
+        self.metrics = self.events = None
 
     def _append(self, data: bytes) -> None:
-        if self.fd is None:
-            self.fd = os.open(self.workdir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        start = os.fstat(self.fd).st_size
-        try:
-            done = 0
-            while done < len(data):  # a disk about to be full takes a part, then refuses the rest
-                done += os.write(self.fd, data[done:])
-        except OSError:
-            os.ftruncate(self.fd, start)
-            raise
+        if self.metrics is None:
+            self.metrics = files.growing(self.workdir / "metrics.jsonl")
+        self.metrics.add(data)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -236,33 +234,3 @@ def number(value: Any) -> int | float:
     """A Python number of any scalar; waits for a jax array."""
     value = value.item() if hasattr(value, "item") else value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def replace(path: Path, data: bytes) -> None:
-    """`path` holds `data`, or what it held before: never a part. Survives a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
-
-
-@contextmanager
-def full_disk(where: Path) -> Iterator[None]:
-    """Says a full disk in one sentence instead of a traceback."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{where}: the disk is full; free some space and run the same command again to resume") from e

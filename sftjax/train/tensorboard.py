@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-FLUSH_SECONDS = 5.0
+from sftjax.train.files import growing
 
 
 class Writer:
@@ -23,26 +23,24 @@ class Writer:
         directory.mkdir(parents=True, exist_ok=True)
         number = len(list(directory.glob("events.out.tfevents.*")))  # readers sort by name: two files of one second stay in order
         name = f"events.out.tfevents.{int(time.time()):010d}.{number:04d}.{socket.gethostname()}"
-        self.file = open(directory / name, "xb")  # noqa: SIM115, held open for the whole run
-        self.flushed = 0.0
+        self.file = growing(directory / name)
         self._write(_text(3, "brain.Event:2"))
         if purge_step is not None:
             self._write(_int(2, purge_step) + _message(7, _int(1, 1)))  # session_log.status = START
-        self.file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         summary = b"".join(_message(1, _text(1, name) + _float(2, value)) for name, value in values.items())
         self._write(_int(2, step) + _message(5, summary))
-        if time.monotonic() - self.flushed > FLUSH_SECONDS:
-            self.file.flush()
-            self.flushed = time.monotonic()
+
+    def flush(self) -> None:
+        self.file.flush()
 
     def close(self) -> None:
         self.file.close()
 
     def _write(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields  # wall_time
-        self.file.write(record(event))
+        self.file.add(record(event))
 
 
 def record(data: bytes) -> bytes:
