@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 
+import fake_gcs
 import jax
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ SETTINGS = {
 TIMES = ("tokens_per_s", "seconds/")
 
 
-def begin(toy, folder, workdir, count, ends=(), settings=SETTINGS):
+def begin(toy, folder, workdir, count, ends=(), settings=SETTINGS, **more):
     """`count` processes of the run, each with its part of eight devices. `ends` is {process: (name, *at)}, as toy has them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -41,6 +42,7 @@ def begin(toy, folder, workdir, count, ends=(), settings=SETTINGS):
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}",
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
+        **more,
     }
     ends = dict(ends)
     return [
@@ -138,6 +140,7 @@ SHORT = {"mesh.data": 4, "mesh.fsdp": 2, "train.steps": 2, "train.batch_size": 8
 
 @pytest.mark.parametrize("task", ALL_TOGETHER)
 def test_what_all_do_together_is_what_one_does(task, toy, judge, tmp_path):
+    """One on its disk, two in a bucket."""
     rows = [{"prompt": f"{i}: {x}?", "chosen": y, "rejected": "?"} for i in range(6) for x, y in worlds.COLOURS.items()]
     keys = ("prompt", "chosen", "rejected") if task == "dpo" else ("prompt",)
     data = worlds.write_rows(tmp_path / "rows.jsonl", [{key: row[key] for key in keys} for row in rows])
@@ -146,8 +149,10 @@ def test_what_all_do_together_is_what_one_does(task, toy, judge, tmp_path):
     settings |= {k: tuple(x.format(judge=judge) for x in v) for k, v in settings.items() if k.endswith(".rewards")}
     tasks.train(toy.config(**settings), tmp_path / "one")
     settings["data.cache_dir"] = str(tmp_path / "cache")  # or the log-probs are there already
-    codes, said = ended(begin(toy, tmp_path, tmp_path / "two", 2, settings=settings), tmp_path)
+    with fake_gcs.serving("runs") as (bucket, env):
+        codes, said = ended(begin(toy, tmp_path, "gs://runs/two", 2, settings=settings, **env), tmp_path)
     assert codes == [0, 0], said
+    bucket.copy_to(tmp_path)
     assert_same(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-5)  # gains and losses cancel
 
 

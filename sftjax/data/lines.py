@@ -33,8 +33,25 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
     try:
         with _open(path) as file:
             yield file
-    except (OSError, EOFError, zlib.error) as e:  # gzip finds its damage only while being read
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    except troubles(path, EOFError, zlib.error) as e:  # gzip finds its damage only while being read
+        raise UserError(f"{path}: cannot be read: {reason(e)}") from e
+
+
+def troubles(path: object, *more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What goes wrong there that is no mistake in the program, and what `more` may."""
+    if not str(path).startswith("gs://"):
+        return OSError, *more
+    try:
+        from aiohttp import ClientError
+        from gcsfs.retry import HttpError
+        from google.auth.exceptions import GoogleAuthError
+    except ModuleNotFoundError as e:
+        raise UserError(f"{path}: a bucket needs the package gcsfs; pip install 'sftjax[gcs]'") from e
+    return OSError, ClientError, HttpError, GoogleAuthError, *more
+
+
+def reason(e: Exception) -> str:
+    return getattr(e, "strerror", None) or (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 def _open(path: str) -> BinaryIO:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sftjax.config import UserError
 from sftjax.data.example import RowError
-from sftjax.data.lines import BOM, decode, numbered, open_bytes
+from sftjax.data.lines import BOM, decode, numbered, open_bytes, reason, troubles
 from sftjax.data.read_json import read_document, read_lines
 from sftjax.data.read_table import read_table
 
@@ -78,6 +78,7 @@ def _missing(spec: str, path: str) -> str:
 def _remote(spec: str) -> list[str]:
     import fsspec
 
+    known = troubles(spec, ValueError, ImportError)
     try:
         system, path = fsspec.core.url_to_fs(spec)
         if glob.has_magic(path):
@@ -86,8 +87,8 @@ def _remote(spec: str) -> list[str]:
             found = system.find(path) if system.isdir(path) else [path] if system.exists(path) else []
         scheme = spec.split("://")[0]
         return sorted(f"{scheme}://{str(p).lstrip('/')}" for p in found if kind(str(p)))
-    except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"{spec}: cannot be reached: {e}") from e
+    except known as e:
+        raise UserError(f"{spec}: cannot be reached: {reason(e)}") from e
 
 
 def read(path: str, numbers: tuple[str, ...] = ()) -> Iterator[tuple[int, Any]]:

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from sftjax import hosts
 from sftjax.config import UserError
+from sftjax.data.lines import troubles
 from sftjax.train.files import in_bucket
 
 
@@ -71,7 +72,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._full_disk():
+        with self._writing():
             self.manager.close()
 
     def steps(self) -> list[int]:
@@ -87,12 +88,12 @@ class Checkpoints:
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(named(state)), extras=ocp.args.JsonSave(extras))
         self.kept.best = best
-        with self._full_disk():
+        with self._writing():
             self.manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Until everything started is on disk."""
-        with self._full_disk():
+        with self._writing():
             self.manager.wait_until_finished()
 
     def restore(self, like: Any, step: int | None = None, *, part: bool = False) -> Restored | None:
@@ -164,16 +165,20 @@ class Checkpoints:
             self.manager.delete(later)
 
     @contextmanager
-    def _full_disk(self) -> Iterator[None]:
-        """Says the several ways in which a full disk shows in one sentence that names the last good checkpoint."""
+    def _writing(self) -> Iterator[None]:
+        """Says the several ways in which a full disk shows, and what a bucket refuses, in one sentence."""
         try:
             yield
         except Exception as e:
-            if not any(says_full(seen) for seen in causes(e)):
+            if any(says_full(seen) for seen in causes(e)):
+                steps = self.steps()
+                kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint was written yet"
+                what = f"the disk is full; {kept}: free some space"
+            elif in_bucket(self.directory) and isinstance(e, (ValueError, *troubles(self.directory))):
+                what = f"cannot be written ({first_line(e)}); mend that"
+            else:
                 raise
-            steps = self.steps()
-            kept = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint was written yet"
-            raise UserError(f"{self.directory}: the disk is full; {kept}: free some space and run the same command again") from e
+            raise UserError(f"{self.directory}: {what} and run the same command again") from e
 
 
 @functools.cache

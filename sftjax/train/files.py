@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from sftjax.config import UserError
+from sftjax.data.lines import reason, troubles
 
 UPLOAD = 30.0  # seconds
 
@@ -27,14 +28,17 @@ def directory(place: str | os.PathLike[str], option: str = "--workdir") -> Path:
         return Path(place).expanduser()
     if not str(place).startswith("gs://"):
         raise UserError(f"{option}={place}: needs a local directory, or one in a bucket as gs://BUCKET/PATH")
-    try:
-        import fsspec
-        import gcsfs  # noqa: F401
-        from etils import epath
-    except ModuleNotFoundError as e:
-        raise UserError(f"{option}={place}: a bucket needs the package {e.name}; pip install 'sftjax[gcs]'") from e
+    known = troubles(place)
+    import fsspec
+    from etils import epath
+
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False  # other hosts write there too
-    return cast(Path, epath.Path(place))
+    path = cast(Path, epath.Path(place))
+    try:
+        path.exists()
+    except known as e:
+        raise UserError(f"{option}={place}: the bucket cannot be reached ({reason(e)})") from e
+    return path
 
 
 def in_bucket(path: Path) -> bool:
@@ -52,7 +56,8 @@ def make(path: Path, option: str = "--workdir") -> None:
         elif not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except troubles(path) as e:
-        raise UserError(f"{option}={path}: cannot be made or written ({reason(e)}); choose another directory") from e
+        why = "there is no such bucket" if in_bucket(path) and isinstance(e, FileNotFoundError) else reason(e)
+        raise UserError(f"{option}={path}: cannot be made or written ({why}); choose another directory") from e
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -145,18 +150,3 @@ def writing(where: Path) -> Iterator[None]:
             raise
         what = "the disk is full; free some space" if full else f"cannot be written ({reason(e)}); mend that"
         raise UserError(f"{where}: {what} and run the same command again to resume") from e
-
-
-def troubles(path: Path) -> tuple[type[Exception], ...]:
-    """What goes wrong there that is no mistake in the program."""
-    if not in_bucket(path):
-        return (OSError,)
-    from aiohttp import ClientError
-    from gcsfs.retry import HttpError
-    from google.auth.exceptions import GoogleAuthError
-
-    return OSError, ClientError, HttpError, GoogleAuthError
-
-
-def reason(e: Any) -> str:
-    return getattr(e, "strerror", None) or (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
