@@ -232,7 +232,7 @@ def check_numbers(values: dict[str, Any]) -> None:
         if values[key] is not None and values[key] <= 0:
             refuse(values, key, "more than 0")
     for key in SHARES:
-        if not 0 <= values[key] < 1:
+        if values[key] is not None and not 0 <= values[key] < 1:
             refuse(values, key, "a share, at least 0 and below 1")
     for key in (key for key in values if key.startswith("mesh.")):
         if values[key] < 1 and values[key] != -1:

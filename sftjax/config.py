@@ -153,7 +153,7 @@ def default() -> ConfigDict:
     c.dpo.loss = anything("sigmoid")  # {"sigmoid": 1.0, "bco_pair": 0.5}
     c.dpo.beta = placeholder(float)  # None = the loss's own: 2 for simpo, else 0.1
     c.dpo.sft_weight = 0.0  # weight of an added -log-likelihood of the chosen answer: RPO, arXiv:2404.19733
-    c.dpo.label_smoothing = 0.0  # the share of pairs that are taken to be the wrong way round
+    c.dpo.label_smoothing = placeholder(float)  # the share of pairs taken to be the wrong way round; None = 0, for exo_pair 1e-3
     c.dpo.divergence = "reverse_kl"  # reverse_kl | forward_kl | js | alpha, arXiv:2309.16240
     c.dpo.alpha = 0.5  # of the divergence alpha: 1 is forward KL, towards 0 reverse KL; TRL's coefficient is 1 - alpha
     c.dpo.ld_alpha = 1.0  # what a token beyond the shorter answer's length counts, arXiv:2409.06411
@@ -221,7 +221,7 @@ def default() -> ConfigDict:
     c.optim.lr = 2e-4  # the highest learning rate; full fine-tuning wants a tenth of LoRA's or less
     # the width that lr is meant for: width D trains with lr * lr_width / D (arXiv:2203.03466); None = lr is for this model
     c.optim.lr_width = placeholder(int)
-    c.optim.b1 = 0.9  # how much of the mean gradient is kept at each step: momentum
+    c.optim.b1 = 0.9  # how much of the mean gradient is kept at each step: momentum; what goes by muon keeps 0.95 in any case
     c.optim.b2 = 0.999  # the same of the mean squared gradient
     c.optim.eps = 1e-8  # added to its root, by which the step is divided
     c.optim.weight_decay = 0.0  # the share of a weight, times lr, that each step takes off; never of norms and biases

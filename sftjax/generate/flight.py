@@ -323,7 +323,7 @@ def _take(
     newest and guesses of what follows it, which are right as far as they are what is chosen.
     """
     B, T = tokens.shape
-    logits = kinds.matmul(hidden.reshape(B * T, -1), head(params, model.config)).astype(jnp.float32)
+    logits = kinds.logits(hidden.reshape(B * T, -1), head(params, model.config))
     positions = state.position[:, None] + jnp.arange(T)
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(jax.random.wrap_key_data(state.keys), positions)
     seen, V = state.seen, logits.shape[-1]

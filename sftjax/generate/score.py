@@ -64,7 +64,7 @@ def _score(model: Decoder, params: Any, tokens: Array, segments: Array, at: Arra
 
     def block(xs: tuple[Array, Array]) -> tuple[Array, ...]:
         h, t = xs
-        logits = kinds.matmul(h, head).astype(jnp.float32)
+        logits = kinds.logits(h, head)
         normaliser = jax.nn.logsumexp(logits, -1)
         logps = jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - normaliser
         best, tokens = jax.lax.top_k(logits, top)

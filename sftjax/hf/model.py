@@ -22,7 +22,7 @@ from sftjax.hf.load import load_config, load_params, resize_embeddings, resolve
 from sftjax.hf.peft import load_adapter, with_head
 from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder, Output, forward, shapes
-from sftjax.weights.kinds import count, matmul
+from sftjax.weights.kinds import count, logits
 from sftjax.weights.quantize import quantisers
 
 
@@ -59,7 +59,7 @@ class Model:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         ones = jnp.ones_like(ids)
         hidden, head, _ = self.forward(self.params, Batch(ids, ones, ones, positions))
-        return matmul(hidden, head).astype(jnp.float32)
+        return logits(hidden, head)
 
 
 def load(

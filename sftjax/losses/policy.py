@@ -155,7 +155,7 @@ def logps_and_entropy(hidden: Array, head: kinds.Weight, targets: Array) -> tupl
 
     @jax.checkpoint
     def block(h: Array, t: Array) -> tuple[Array, Array]:
-        logits = kinds.matmul(h, head).astype(jnp.float32)
+        logits = kinds.logits(h, head)
         lse = jax.nn.logsumexp(logits, -1)
         fixed = jax.lax.stop_gradient(logits - lse[..., None])
         return jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - lse, -(jnp.exp(fixed) * fixed).sum(-1)

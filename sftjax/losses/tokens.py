@@ -79,7 +79,7 @@ def logprobs(hidden: Array, head: kinds.Weight, targets: Array) -> Array:
 
     @jax.checkpoint
     def block(h: Array, t: Array) -> Array:
-        logits = kinds.matmul(h, head).astype(jnp.float32)
+        logits = kinds.logits(h, head)
         return jnp.take_along_axis(logits, t[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
     return joined(jax.lax.map(lambda x: block(*x), blocks(head.shape[-1], hidden, targets)), targets.shape[1])
@@ -121,7 +121,7 @@ def joined(x: Array, T: int) -> Array:
 def _block_sums(
     label_smoothing: float, z_loss: float, h: Array, head: kinds.Weight, targets: Array, weights: Array
 ) -> tuple[Array, Array]:
-    logits = kinds.matmul(h, head).astype(jnp.float32)
+    logits = kinds.logits(h, head)
     lse = jax.nn.logsumexp(logits, -1)  # float32: a sum of 100k exponentials
     nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     loss = nll

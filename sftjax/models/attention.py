@@ -58,22 +58,27 @@ def attention(
     if mesh is None:
         return fn(q, k, v, segments, which, sinks)
     tensor, columns = mesh.shape[sharding.HEADS], sharding.columns(q.shape[1])
-    if k.shape[2] % tensor:  # the kernels' columns may divide where heads do not
-        raise UserError(
-            f"mesh.tensor={tensor} does not divide the model's {k.shape[2]} key-value heads; "
-            f"use --config.mesh.tensor={math.gcd(k.shape[2], tensor)}"
-        )
-    if (heads := q.shape[2] // tensor) % columns:
-        raise UserError(
-            f"mesh.sequence={columns} does not divide the {heads} heads that the model has by mesh.tensor={tensor}; "
-            f"use --config.mesh.sequence={math.gcd(heads, columns)}"
-        )
+    check_heads(q.shape[2], k.shape[2], tensor, columns)
     # each device loops over its own rows and heads: a loop over a sharded axis would gather it
     tokens = P(sharding.BATCH, sharding.along(q.shape[1]))
     each = P(*tokens, sharding.HEADS, None)
     local = fn if columns == 1 else partial(_whole_rows, fn, columns)
     specs = (each, each, each, tokens, P(), P(sharding.HEADS))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)(q, k, v, segments, which, sinks)
+
+
+def check_heads(heads: int, kv_heads: int, tensor: int, columns: int) -> None:
+    """Refuses a mesh over whose axes heads do not divide, where the kernels' columns may."""
+    if kv_heads % tensor:
+        raise UserError(
+            f"mesh.tensor={tensor} does not divide the model's {kv_heads} key-value heads; "
+            f"use --config.mesh.tensor={math.gcd(kv_heads, tensor)}"
+        )
+    if (of_each := heads // tensor) % columns:
+        raise UserError(
+            f"mesh.sequence={columns} does not divide the {of_each} heads that the model has by mesh.tensor={tensor}; "
+            f"use --config.mesh.sequence={math.gcd(of_each, columns)}"
+        )
 
 
 def _whole_rows(

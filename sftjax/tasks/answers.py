@@ -72,7 +72,8 @@ class Answers:
     def answer(self, params: Any, questions: list[heldout.Question]) -> list[heldout.Answer]:
         job = self.job
         with jax.set_mesh(job.mesh):
-            engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(params), stop_ids=job.chat.stop_ids)
+            whole = uncut(params, job.decoder.dtype)
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), whole, stop_ids=job.chat.stop_ids)
             longest = job.config.eval.max_new_tokens
             return heldout.answers(engine, questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
 

@@ -7,7 +7,7 @@ head    score = h_T @ W of the text's last token, -log softmax(score)[label]; ou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sftjax import hosts, tree
-from sftjax.config import UserError
 from sftjax.data.formats import LABELS, in_order
 from sftjax.data.rows import Rows
 from sftjax.evaluate import classes
@@ -43,10 +42,11 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
     elif not weights and max(counts.values()) > 4 * min(counts.values()):
         job.say("the labels are uneven: --config.classify.class_weights=balanced makes the rare ones count more")
     had_head = bool(job.base.source_config.labels or job.base.adapter)
-    before = confusion(job, tree.join(job.trainable, job.frozen), job.splits.eval) if had_head else None
+    count = jax.jit(predicted(job.forward))
+    before = confusion(job, count, tree.join(job.trainable, job.frozen), job.splits.eval) if had_head else None
     params, tally = job.fit(loss=loss_of(config.loss, job.forward, weights), eval_loss=cross_entropy(job.forward))
-    found = classes.scores(confusion(job, params, job.splits.eval), labels)
-    test = classes.scores(confusion(job, params, job.splits.test), labels)
+    found = classes.scores(confusion(job, count, params, job.splits.eval), labels)
+    test = classes.scores(confusion(job, count, params, job.splits.test), labels)
     if found:
         right, majority = 100 * found["accuracy"], 100 * found["majority"]
         job.say(f"held out: accuracy {right:.1f} % (the commonest label: {majority:.1f} %), macro-F1 {found['macro_f1']:.3f}")
@@ -94,14 +94,12 @@ def by_label(job: Job) -> dict[str, Any]:
 
 
 def class_weights(asked: Any, labels: Sequence[str], rows: np.ndarray) -> list[float]:
-    """What a text of each label counts; [] where all count the same. balanced: N / (C * texts of the label). Raises UserError."""
+    """What a text of each label counts; [] where all count the same. balanced: N / (C * texts of the label)."""
     if asked == "none":
         return []
     if asked == "balanced":
         counts = np.bincount(rows, minlength=len(labels))
         return (len(rows) / (len(labels) * np.maximum(counts, 1))).tolist()
-    if strange := [label for label in asked if label not in labels]:
-        raise UserError(f"classify.class_weights: {strange[0]!r} is none of the labels {', '.join(labels)}")
     return [float(asked.get(label, 1.0)) for label in labels]
 
 
@@ -117,11 +115,11 @@ def tell_balance(job: Job, counts: Mapping[str, int], weights: Sequence[float] =
         job.say(f"  {label:<{wide}}  {n:>9,}  {100 * n / total:5.1f} %" + (f"  counts {weights[i]:.3g}" if weights else ""))
 
 
-def confusion(job: Job, params: Any, rows: Rows) -> np.ndarray:
-    """[C, C] counts over `rows`."""
+def confusion(job: Job, count: Callable[..., Any], params: Any, rows: Rows) -> np.ndarray:
+    """[C, C] counts over `rows`, by a compiled `predicted`."""
     C = len(job.base.labels)
-    count = jax.jit(predicted(job.forward))
+    found = np.zeros((C, C), np.int64)
     with jax.set_mesh(job.mesh):
-        batches = [hosts.to_devices(batch, job.mesh) for batch in job.held_out(rows)]
-        found = hosts.fetch([count(params, batch) for batch in batches])
-    return np.sum(found, axis=0) if found else np.zeros((C, C), np.int64)
+        for batch in job.held_out(rows):
+            found += hosts.fetch(count(params, hosts.to_devices(batch, job.mesh)))
+    return found

@@ -125,9 +125,9 @@ def evaluate_run(
     refuse_other_rows(workdir, splits.report)
     split, rows = held_out(splits, split)
     decoder, params, mask = start.build(mesh)
-    tuned, step = restore(workdir, params, mask, checkpoint, say)
+    tuned, step = restore(workdir, params, mask, checkpoint, say, keep=True)
     decoder = dataclasses.replace(decoder, lower=0)
-    sides = [Side(name, decoder, select.uncut(p)) for name, p in (("base", params), ("tuned", tuned))]
+    sides = [Side(name, decoder, select.uncut(p, decoder.dtype)) for name, p in (("base", params), ("tuned", tuned))]
     subject = Subject(sides, start.chat, ends(start.directory, start.chat), rows, config, mesh)
     of = {"workdir": str(workdir), "step": step, "split": split}
     found = measure(subject, of, place=place, say=say, **options)

@@ -34,6 +34,7 @@ from sftjax.tasks.base import Base
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.files import directory
 from sftjax.train.manifest import hash_template, hash_tokenizer, hash_weights
+from sftjax.train.places import freed
 from sftjax.train.run import read_json
 from sftjax.train.step import init_state
 from sftjax.weights import method, select
@@ -252,10 +253,14 @@ def read_config(workdir: str | Path) -> ConfigDict:
     return config
 
 
-def restore(workdir: Path, params: Any, mask: Any, checkpoint: str | int, say: Callable[[str], None]) -> tuple[Any, int]:
-    """`params` with a checkpoint's trainable part in place; what the optimiser held is not read."""
+def restore(
+    workdir: Path, params: Any, mask: Any, checkpoint: str | int, say: Callable[[str], None], *, keep: bool = False
+) -> tuple[Any, int]:
+    """`params` with a checkpoint's trainable part in place; what the optimiser held is not read. The part that it takes the place
+    of is deleted first, unless `keep` says that it is needed too."""
     trainable, frozen = tree.split(params, mask)
     like = init_state(trainable, optax.identity())
+    like = like if keep else freed(like)
     with Checkpoints(workdir / "checkpoints", say=say, read_only=True) as checkpoints:
         got = checkpoints.restore(like, chosen(checkpoints, checkpoint), part=True)
     if got is None:

@@ -78,8 +78,8 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         seconds = {"seconds/rollout": sampled - began, "seconds/score": time.perf_counter() - sampled}
         return hosts.own(rollouts, job.mesh), shown | figures(answers) | seconds
 
-    _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates)
-    return job.finish(tally, extra=summary(job, tally), samples=actor.samples())
+    params, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates)
+    return job.finish(tally, extra=summary(job, tally), samples=actor.samples(params))
 
 
 def loss_of(c: ConfigDict, forward: Forward) -> Loss:

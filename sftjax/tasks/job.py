@@ -31,6 +31,7 @@ from sftjax.data.rows import Rows
 from sftjax.data.stream import WHOLE, eval_batches
 from sftjax.generate.engine import max_length
 from sftjax.losses import Loss
+from sftjax.models.attention import check_heads
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
 from sftjax.tasks.rewards import fingerprint
@@ -64,12 +65,20 @@ class Job:
             self.base = Base(config)
             check_length(config, self.base)
             check_routers(config, self.base)
+            check_classes(config, self.base)
+            check_heads(
+                self.base.source_config.heads,
+                self.base.source_config.kv_heads,
+                self.mesh.shape[sharding.HEADS],
+                self.mesh.shape[sharding.SEQUENCE],
+            )
             self.chat = self.base.chat
             self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
         hosts.refuse_unshared(self.run.workdir)
         self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))
         with hosts.agreeing():
             self.run.lock()
+            check_patience(config, self.splits.eval)
             self.stream = stream(self.splits.train, config, mine=hosts.own_rows(self.mesh, config.train.batch_size))
             if self.stream.few:
                 self.say(self.stream.few)
@@ -155,6 +164,8 @@ class Job:
     def finish(self, tally: Tally, extra: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes summary.json, samples.jsonl and report.html; returns the summary."""
         rows = self.splits.report
+        # a run that had ended already has measured nothing now
+        steady = self.steady or (self.run.read_json("summary.json") or {}).get("steady_tokens_per_s") or 0.0
         summary = {
             "task": self.config.task,
             "method": self.config.method,
@@ -168,8 +179,8 @@ class Job:
             "test_loss": (tally.test or {}).get("loss"),
             **extra,
             "tokens_per_s": tally.tokens / tally.seconds if tally.seconds else None,
-            "steady_tokens_per_s": self.steady or None,
-            "mfu": mfu(self.steady, self.flops, jax.devices()[0].device_kind, self.mesh.size) or None,
+            "steady_tokens_per_s": steady or None,
+            "mfu": mfu(steady, self.flops, jax.devices()[0].device_kind, self.mesh.size) or None,
             "compile_s": tally.compile_s,
             "first_step_s": tally.first_step_s,
             "total_s": time.perf_counter() - self.began,
@@ -280,15 +291,14 @@ def check_batch(config: ConfigDict, mesh: Any) -> None:
     for key, rows in sizes.items():
         if rows % shards:
             raise UserError(
-                f"{key}={rows} does not divide over {shards} data shards; use a multiple of {shards} or --config.mesh.data=1"
+                f"{key}={rows} does not divide over {shards} data shards; use a multiple of {shards} or {fewer(mesh)}"
             )
     if config.task in ROLLOUTS and not c.micro_batch:
         n = config[config.task].num_mini_batches
         if (c.batch_size // n) % shards:
             raise UserError(
                 f"train.batch_size={c.batch_size} in {config.task}.num_mini_batches={n} makes updates of {c.batch_size // n} "
-                f"answers, which do not divide over {shards} data shards; use a multiple of {shards} for each or "
-                "--config.mesh.data=1"
+                f"answers, which do not divide over {shards} data shards; use a multiple of {shards} for each or {fewer(mesh)}"
             )
     if WHOLE % columns:
         raise UserError(
@@ -300,6 +310,10 @@ def check_batch(config: ConfigDict, mesh: Any) -> None:
             f"data.max_length={most} does not divide over mesh.sequence={columns}; "
             f"use --config.data.max_length={max(most // columns, 1) * columns}"
         )
+
+
+def fewer(mesh: Any) -> str:
+    return " and ".join(f"--config.mesh.{axis}=1" for axis in sharding.BATCH if mesh.shape[axis] > 1)
 
 
 def eval_rows(config: ConfigDict) -> int:
@@ -323,6 +337,19 @@ def check_routers(config: ConfigDict, base: Base) -> None:
         raise UserError(f"mesh.expert={shards}: {base.directory} has no experts to split; use --config.mesh.data={shards}")
     if (weight := config.loss.router_balance) and not base.source_config.experts:
         raise UserError(f"loss.router_balance={weight:g}: {base.directory} has no experts to balance; leave it 0")
+
+
+def check_classes(config: ConfigDict, base: Base) -> None:
+    """Refuses weights of labels that a classifier does not have."""
+    asked = config.classify.class_weights
+    if base.labels and not isinstance(asked, str) and (strange := [label for label in asked if label not in base.labels]):
+        raise UserError(f"classify.class_weights: {strange[0]!r} is none of the labels {', '.join(base.labels)}")
+
+
+def check_patience(config: ConfigDict, held_out: Rows) -> None:
+    """Refuses to wait for what is not measured."""
+    if (patience := config.train.patience) and not len(held_out):
+        raise UserError(f"train.patience={patience}: no rows are held out to be better on; hold some out, or leave it 0")
 
 
 def same_everywhere(manifest: dict[str, Any]) -> dict[str, str]:

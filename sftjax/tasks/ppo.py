@@ -86,8 +86,8 @@ def train(config: ConfigDict, workdir: str | Path, *, force: bool = False) -> di
         return hosts.own(played, job.mesh), shown | figures(answers) | seconds
 
     updates = c.num_ppo_epochs * c.num_mini_batches
-    _, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=jnp.float32(c.kl_coef))
-    return job.finish(tally, extra=summary(job, tally), samples=actor.samples())
+    params, tally = job.iterate(learn, actor.evaluate, collect=collect, updates=updates, kept=jnp.float32(c.kl_coef))
+    return job.finish(tally, extra=summary(job, tally), samples=actor.samples(params))
 
 
 def starts_as_judge(config: ConfigDict, judges: int) -> bool:

@@ -27,7 +27,6 @@ from sftjax.losses.tokens import Forward
 from sftjax.tasks.job import Job, eval_rows
 from sftjax.tasks.rewards import Answered
 from sftjax.train.meter import Tally
-from sftjax.weights import kinds
 from sftjax.weights.select import uncut
 
 SHOWN = 100  # held-out answers kept for the report
@@ -60,9 +59,7 @@ class Actor:
         job = self.job
         asked = {i: rows.example(i) for i in dict.fromkeys(numbers)}
         questions = {i: question(job.chat, example) for i, example in asked.items()}
-        policy = {name: part for name, part in params.items() if name not in BESIDE}
-        if "lower" in policy:  # in one dtype, or their one stack would take the wider of the two
-            policy = uncut(kinds.cast(policy, job.decoder.dtype))
+        policy = uncut({name: part for name, part in params.items() if name not in BESIDE}, job.decoder.dtype)
         with jax.set_mesh(job.mesh):
             engine = Engine(dataclasses.replace(job.decoder, lower=0), policy, stop_ids=job.chat.stop_ids, share=True)
             made = engine.generate(
@@ -90,10 +87,12 @@ class Actor:
 
     def evaluate(self, trainable: Any, part: str) -> dict[str, float]:
         """Held-out prompts answered greedily: {"reward", "rewards/NAME", "length", "stopped", "count"}, means over answers."""
+        return self.look(tree.join(trainable, self.job.frozen), part)
+
+    def look(self, params: Any, part: str) -> dict[str, float]:
         rows: Rows = getattr(self.job.splits, part)
         if not len(rows):
             return {}
-        params = tree.join(trainable, self.job.frozen)
         answers = self.answers(params, rows, permutation(len(rows), self.seed).tolist())
         earned, each = self.rewards(answers)
         if part == "eval":
@@ -107,8 +106,10 @@ class Actor:
                 self.begins = False
         return {"reward": float(earned.mean()), **named(each), **figures(answers), "count": float(len(answers))}
 
-    def samples(self) -> list[dict[str, Any]]:
+    def samples(self, params: Any) -> list[dict[str, Any]]:
         """Rows of samples.jsonl: held-out prompts, as they were answered before training and at the last evaluation."""
+        if not self.now:  # a run that was resumed at its end
+            self.look(params, "eval")
         before = self.job.run.read_json(FILE) or []
         return [
             {

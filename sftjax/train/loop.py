@@ -29,7 +29,7 @@ from sftjax.train import optim
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.evaluation import report, told
 from sftjax.train.meter import WARM, Meter, Tally
-from sftjax.train.places import freed, place
+from sftjax.train.places import begin, freed
 from sftjax.train.progress import Progress
 from sftjax.train.run import Run
 from sftjax.train.step import State, Step, init_state
@@ -94,7 +94,7 @@ def fit(
     eval_every = math.ceil(total / 5) if c.eval_every is None else c.eval_every
     save_every = eval_every if c.save_every is None else c.save_every
 
-    state = place(init_state(trainable, optimizer, dtype, kept), trainable, mesh, offload=config.optim.offload)
+    state = begin(lambda t: init_state(t, optimizer, dtype, kept), trainable, mesh, offload=config.optim.offload)
     tally, start, compiled = Tally(), 0, None
     with Checkpoints(run.checkpoints, keep=c.keep, say=progress.say) as checkpoints, stop_signals() as asked:
         restored = checkpoints.restore(freed(state)) if checkpoints.steps() else None

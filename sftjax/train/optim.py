@@ -83,15 +83,8 @@ def optimizer(c: ConfigDict, rate: optax.Schedule, rates: Any = None) -> optax.G
 
 def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` with its arrays in the host's memory. They come to the device for the update, after the backward pass has let its
-    activations go.
-
-    The step's caller says where they lie between steps: `host`. They begin there, with no copy on the device.
+    activations go. The step's caller says where they lie between steps: `host`.
     """
-
-    def init(params: Any) -> Any:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return inner.init(shapes)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def moved(state: Any, to: Any) -> Any:
@@ -100,7 +93,7 @@ def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformati
         updates, state = inner.update(grads, moved(state, jax.memory.Space.Device), params)
         return updates, moved(state, jax.memory.Space.Host)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(inner.init, update)
 
 
 def host(x: Any, home: Sharding) -> Sharding:

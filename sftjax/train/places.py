@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +20,13 @@ def freed(state: State) -> State:
     return like
 
 
-def place(state: State, trainable: Any, mesh: Mesh, *, offload: bool = False) -> State:
-    return jax.device_put(state, homes(state, trainable, mesh, offload=offload))
+def begin(begun: Callable[[Any], State], trainable: Any, mesh: Mesh, *, offload: bool = False) -> State:
+    """`begun(trainable)`, whose arrays are made where they lie: on one device the optimiser's moments might not fit.
+
+    `trainable` is given away.
+    """
+    where = homes(jax.eval_shape(begun, trainable), trainable, mesh, offload=offload)
+    return jax.jit(begun, donate_argnums=0, out_shardings=where)(trainable)
 
 
 def homes(state: State, trainable: Any, mesh: Mesh | AbstractMesh, *, offload: bool = False) -> Any:

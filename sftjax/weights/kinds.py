@@ -177,6 +177,25 @@ def matmul(x: Array, w: Weight, key: Array | None = None, groups: Groups | None 
             return _product(x, w.astype(x.dtype))
 
 
+def logits(x: Array, head: Weight) -> Array:
+    """x [..., D] @ head [D, V] -> [..., V] float32, never rounded to x's dtype: of bfloat16 a logit near 20 has steps of 1/8."""
+    if x.dtype == jnp.float32:
+        return matmul(x, head)
+    match head:
+        case LowRank():
+            return logits(x, head.base) + head.scale * logits(matmul(x, head.a), head.b)
+        case Dora():
+            return logits(x, head.base) * head.columns()
+        case Tokens():
+            return logits(x, head.base).at[..., jnp.asarray(head.ids)].set(logits(x, head.rows.T))
+        case Capped():
+            return head.cap * jnp.tanh(logits(x, head.base) / head.cap)
+        case Adapter() | Quantised():
+            return matmul(x, head).astype(jnp.float32)
+        case _:
+            return _product(x, head.astype(x.dtype), jnp.float32)
+
+
 def _wins_dense(x: Array, w: LowRank) -> bool:
     return x.dtype == jnp.float32 and not isinstance(w.base, Kind) and x.size > 4 * math.prod(w.shape)
 
@@ -276,18 +295,22 @@ def _quantised(w: Any) -> bool:
     return isinstance(w, Quantised)
 
 
-@jax.custom_vjp
-def _product(x: Array, w: Array) -> Array:
-    """x @ w, whose gradient dw has the narrower of x and dy on the left: a CPU transposes that side in memory first."""
-    return x @ w
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array, dtype: Any = None) -> Array:
+    """x @ w, whose gradient dw has the narrower of x and dy on the left: a CPU transposes that side in memory first. `dtype` is
+    the product's, x's where None; the gradients are of x's in any case."""
+    if dtype and jax.default_backend() == "cpu":  # XLA has no products of bfloat16 into float32 there
+        x, w = x.astype(dtype), w.astype(dtype)
+    return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
-def _product_fwd(x, w):
-    return x @ w, (x, w)
+def _product_fwd(x, w, dtype):
+    return _product(x, w, dtype), (x, w)
 
 
-def _product_bwd(residuals, dy):
+def _product_bwd(dtype, residuals, dy):
     x, w = residuals
+    dy = dy.astype(x.dtype)
     lead = tuple(range(x.ndim - 1))
     wide = x.shape[-1] > dy.shape[-1]
     dw = jnp.tensordot(dy, x, (lead, lead)).T if wide else jnp.tensordot(x, dy, (lead, lead))

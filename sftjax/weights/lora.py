@@ -176,7 +176,8 @@ def _zero(w: Any, key: Array, rank: int, scale: float, path: str) -> tuple[Array
 
 def _pissa(w: Any, key: Array, rank: int, scale: float, path: str) -> tuple[Array, Array]:
     """scale * a @ b = the `rank` largest singular directions, a and b sharing the singular values."""
-    return _by_layer(_principal_pair, w, key, scale, rank=rank)
+    with EXACT():
+        return _by_layer(_principal_pair, w, key, scale, rank=rank)
 
 
 def _principal_pair(w: Any, key: Array, scale: Array, rank: int) -> tuple[Array, Array]:
@@ -187,7 +188,8 @@ def _principal_pair(w: Any, key: Array, scale: Array, rank: int) -> tuple[Array,
 
 def _olora(w: Any, key: Array, rank: int, scale: float, path: str) -> tuple[Array, Array]:
     """With W^T = Q R [out, in]: b = the first columns of Q, a = the first rows of R, the update not divided by its scale."""
-    return _by_layer(_orthonormal_pair, w, rank=rank)
+    with EXACT():
+        return _by_layer(_orthonormal_pair, w, rank=rank)
 
 
 def _orthonormal_pair(w: Any, rank: int) -> tuple[Array, Array]:
@@ -196,6 +198,8 @@ def _orthonormal_pair(w: Any, rank: int) -> tuple[Array, Array]:
     return kernel @ q, q.T
 
 
+# what they make is made again wherever a run resumes or is exported, and has to be the same: accelerators multiply in bfloat16
+EXACT = partial(jax.default_matmul_precision, "highest")
 INITS: dict[str, Callable[..., tuple[Array, Array]]] = {"zero": _zero, "pissa": _pissa, "olora": _olora}
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from sftjax import tree
 from sftjax.config import UserError, parts
-from sftjax.weights.kinds import count, trained
+from sftjax.weights.kinds import cast, count, trained
 
 
 def everything(params: Any) -> Any:
@@ -61,12 +61,25 @@ def cut(params: Any, last_n_layers: int) -> Any:
     return params | {"lower": lower, "layers": jax.tree.map(lambda x: x[depth - last_n_layers :], params["layers"])}
 
 
-def uncut(params: Any) -> Any:
-    """The inverse of `cut`; params that were never cut come back as they are."""
+def uncut(params: Any, dtype: Any = None) -> Any:
+    """The inverse of `cut`; params that were never cut come back as they are.
+
+    What does not train is often narrower than what does, and the one stack takes the wider dtype of the two; with `dtype`, that
+    of their products, its kernels take this one.
+    """
     if "lower" not in params:
         return params
+
+    lower = tree.flatten(params["lower"])
+
+    def whole(path: str, upper: Any) -> Any:
+        parts = lower[path], upper
+        if dtype and path.endswith("kernel"):
+            parts = cast(parts, dtype)
+        return jax.tree.map(lambda *both: jnp.concatenate(both), *parts)
+
     rest = {k: v for k, v in params.items() if k != "lower"}
-    return rest | {"layers": jax.tree.map(lambda a, b: jnp.concatenate([a, b]), params["lower"], params["layers"])}
+    return rest | {"layers": tree.map_leaves(whole, params["layers"])}
 
 
 def table(params: Any, mask: Any) -> list[tuple[str, str, int, int]]:

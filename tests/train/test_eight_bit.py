@@ -11,7 +11,7 @@ from sftjax.config import default
 from sftjax.train import eight_bit
 from sftjax.train.eight_bit import dither, scale_by_adam_8bit, signed, to_signed, to_unsigned, unsigned
 from sftjax.train.optim import optimizer
-from sftjax.train.places import place
+from sftjax.train.places import begin
 from sftjax.train.step import init_state
 
 KEY = jax.random.key(0)
@@ -115,7 +115,8 @@ def test_codes_lie_where_their_weight_lies():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     kernel = jax.device_put(jnp.zeros((2, 256, 512)), jax.NamedSharding(mesh, jax.P(None, "fsdp", None)))
     params = {"layers": {"attn": {"q": {"kernel": kernel}}}}
-    state = place(init_state(params, of()), params, mesh)
+    with jax.transfer_guard_device_to_device("disallow"):  # nothing is made whole and cut then
+        state = begin(lambda p: init_state(p, of()), params, mesh)
     codes = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
     assert [x.dtype for x in codes] == [jnp.int8, jnp.uint8] and all(x.sharding == kernel.sharding for x in codes)
 
@@ -127,7 +128,8 @@ def test_offloaded_moments_lie_in_the_host_and_move_nothing_else():
     found = []
     for offload in (False, True):
         transform = of(name="adamw", offload=offload)
-        state = place(init_state(params, transform), params, mesh, offload=offload)
+        state = begin(lambda p, t=transform: init_state(p, t), params, mesh, offload=offload)
+        params = state.trainable
         homes = jax.tree.map(lambda x: x.sharding, (state.trainable, state.opt_state))
         update = jax.jit(transform.update, out_shardings=homes)
         updates, after = update(grads, state.opt_state, params)
