@@ -42,6 +42,7 @@ def test_a_key_that_may_be_none_can_be_set_and_unset(key):
     set_to = {
         "model.dtype": "float32",
         "dpo.beta": "3.0",
+        "dpo.label_smoothing": "0.3",
         "dpo.nll_by": "sum",
         "ppo.kl_target": "3.0",
         "ppo.score_clip": "3.0",

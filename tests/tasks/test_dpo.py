@@ -276,6 +276,7 @@ MISTAKES = {
     "dpo.divergence: ipo does not use it": {"dpo.loss": "ipo", "dpo.divergence": "js"},
     "dpo.divergence jss: not known": {"dpo.divergence": "jss"},
     "dpo.label_smoothing=0.6: the loss robust": {"dpo.loss": "robust", "dpo.label_smoothing": 0.6},
+    "dpo.label_smoothing=0.0: the loss exo_pair": {"dpo.loss": "exo_pair", "dpo.label_smoothing": 0.0},
     "dpo.ld_alpha=0.5: the loss sft": {"dpo.loss": "sft", "dpo.ld_alpha": 0.5},
     "dpo.sft_weight=0.2: the loss sft": {"dpo.loss": "sft", "dpo.sft_weight": 0.2},
     "dpo.sft_weight=0.3: the loss sft": {"dpo.loss": {"ipo": 1.0, "sft": 0.2}, "dpo.sft_weight": 0.3},

@@ -12,7 +12,7 @@ import pytest
 import toy as worlds
 from safetensors.numpy import load_file, save_file
 
-from sftjax import tasks
+from sftjax import tasks, tree
 from sftjax.config import UserError
 from sftjax.generate.open import open_engine
 from sftjax.hf.load import load_config, load_params
@@ -50,7 +50,9 @@ def ours():
         config = read_config(workdir)
         base = Base(config)
         decoder, params, mask = base.build(make_mesh(1, 1, 1))
-        return score(restore(workdir, params, mask, "last", print)[0], decoder.config, ROWS)
+        restored = restore(workdir, params, mask, "last", print)[0]
+        assert all(x.is_deleted() for x in jax.tree.leaves(tree.split(params, mask)[0]))  # one model at a time
+        return score(restored, decoder.config, ROWS)
 
     return scores
 

@@ -179,8 +179,13 @@ def test_held_out_prompts_are_answered_before_and_after(toy, tmp_path):
         ({"train.batch_size": 6, "train.micro_batch": 4}, "train.batch_size=6 is no multiple of train.micro_batch=4"),
         (
             {"train.batch_size": 6, "mesh.data": 4, "mesh.tensor": 2},
-            "batch_size=6 does not divide over 4 data shards; use a multiple",
+            "batch_size=6 does not divide over 4 data shards; use a multiple of 4 or --config.mesh.data=1",
         ),
+        (
+            {"train.batch_size": 4, "mesh.data": 1, "mesh.fsdp": 8},
+            "batch_size=4 does not divide over 8 data shards; use a multiple of 8 or --config.mesh.fsdp=1",
+        ),
+        ({"mesh.tensor": 4, "mesh.data": 2}, "mesh.tensor=4 does not divide the model's 2 key-value heads"),
         (
             {"train.batch_size": 8, "eval.batch_size": 6, "mesh.data": 4, "mesh.tensor": 2},
             "eval.batch_size=6 does not divide over 4 data shards; use a multiple",

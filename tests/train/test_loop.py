@@ -148,8 +148,10 @@ def test_best_is_the_lowest_and_never_nan():
 
 
 def test_nothing_held_out_is_no_evaluation(train, tmp_path):
-    """Patience has nothing to wait for: the run goes to its end."""
-    got = train(tmp_path / "run", **{"data.split": (1, 0, 0), "train.patience": 1, "train.eval_every": 2})
+    whole = {"data.split": (1, 0, 0), "train.eval_every": 2}
+    with pytest.raises(UserError, match=r"train\.patience=1: no rows are held out"):
+        train(tmp_path / "run", **whole, **{"train.patience": 1})
+    got = train(tmp_path / "run", **whole)
     assert got["steps"] == 12
     assert got["eval_loss"] is None
     with pytest.raises(UserError, match="never evaluated; use --checkpoint=last"):

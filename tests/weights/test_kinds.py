@@ -115,6 +115,23 @@ def test_value_and_gradients_of_every_kind_are_those_of_its_definition(kind, dty
     assert_trees_close(ours, exact, rtol=rtol)
 
 
+HEADS = ("array", "lora", "dora", "tokens on a head", "tokens on an adapted head")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind in KINDS])
+def test_logits_are_float32_from_the_product_on(kind):
+    """Of bfloat16 inputs, too: what LoRA adds goes through one narrow product more."""
+    x = 8 * jax.random.normal(jax.random.key(0), (5, IN), jnp.bfloat16)
+    w = jax.tree.map(lambda y: y.astype(jnp.bfloat16), KINDS[kind](KERNEL))
+    wide = jax.tree.map(lambda y: y.astype(jnp.float32), w)
+    got, pull = jax.vjp(lambda x: kinds.logits(x, w), x)
+    exact = kind in ("array", "tokens on a head")
+    np.testing.assert_allclose(got, definition(x, wide), rtol=1e-5 if exact else 0.02, atol=1e-4 if exact else 0.05)
+    assert got.dtype == jnp.float32 and pull(got)[0].dtype == jnp.bfloat16
+    capped = kinds.logits(x, kinds.Capped(w, 3.0))
+    np.testing.assert_allclose(capped, 3.0 * jnp.tanh(got / 3.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "adapter" not in kind])
 def test_dense_is_the_written_matrix(kind):
     w = KINDS[kind](KERNEL)

@@ -125,6 +125,15 @@ def test_two_pairs_over_a_base_are_one_of_twice_the_rank(init):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_starts_from_the_kernel_is_found_by_exact_products(init):
+    """An accelerator's own are of bfloat16: what another device makes of the same kernel would be another base."""
+    kernel = jnp.ones((24, 16))
+    made = str(jax.make_jaxpr(lambda w: lora({"head": {"kernel": w}}, KEY, rank=4, init=init, targets="lm_head"))(kernel))
+    products = [line for line in made.splitlines() if "precision=" in line]
+    assert products and all("HIGHEST" in line for line in products)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_every_expert_starts_as_its_own_kernel_would(init):
     rng = np.random.default_rng(0)
     stack = jnp.asarray(rng.standard_normal((2, 3, 24, 16)), jnp.float32)  # [L, E, in, out]

@@ -1,6 +1,7 @@
 """What trains: masks over every array, by method, and a table that adds up."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tiny import config, params
 
@@ -56,6 +57,16 @@ def test_a_cut_stack_is_the_same_stack():
     assert (cut["lower"]["attn"]["q"]["kernel"].shape[0], cut["layers"]["attn"]["q"]["kernel"].shape[0]) == (1, 2)
     same = jax.tree.map(lambda x, y: bool((x == y).all()), select.uncut(cut), p)
     assert all(jax.tree.leaves(same)) and select.cut(p, 3) is p and select.uncut(p) is p
+
+
+def test_a_stack_of_two_dtypes_has_kernels_of_the_products_own():
+    cut = select.cut(params(CONFIG), 2)
+    cut["lower"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cut["lower"])
+    whole = select.uncut(cut, jnp.bfloat16)["layers"]
+    assert {path: x.dtype.name for path, x in tree.flatten(whole).items()} == {
+        path: "bfloat16" if path.endswith("kernel") else "float32" for path in tree.flatten(whole)
+    }
+    assert {x.dtype for x in jax.tree.leaves(select.uncut(cut))} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize("n", [-1, 0, 4])
