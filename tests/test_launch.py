@@ -52,7 +52,8 @@ def test_jobsets_hold_together(file):
     hosts, pod = job["parallelism"], job["template"]["spec"]
     assert job["completions"] == hosts and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"
-    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    mounts, volumes = pod["containers"][0].get("volumeMounts", ()), pod.get("volumes", ())
+    assert {mount["name"] for mount in mounts} == {volume["name"] for volume in volumes}
     env = {each["name"]: each["value"] for each in pod["containers"][0].get("env", ())}
     limits = pod["containers"][0]["resources"]["limits"]
     if "google.com/tpu" in limits:

@@ -9,12 +9,10 @@ on_all() {
 }
 
 gcloud compute tpus tpu-vm scp --recurse --worker=all --zone="$ZONE" pyproject.toml README.md sftjax configs "$TPU":sftjax/
-on_all "pip install -q './sftjax[tpu]'"
-# the hosts have no disk in common: the bucket is mounted on each (docs/hosts.md: Filestore is quicker)
-on_all "mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 $BUCKET ~/bucket; }"
+on_all "pip install -q './sftjax[tpu,gcs]'"
 on_all "cd sftjax && ~/.local/bin/sftjax train \
     --config=configs/sft_lora.py \
-    --config.data.train=\$HOME/bucket/mine.jsonl \
+    --config.data.train=gs://$BUCKET/mine.jsonl \
     --config.mesh.data=-1 \
     --config.mesh.fsdp=4 \
-    --workdir=\$HOME/bucket/runs/mine"
+    --workdir=gs://$BUCKET/runs/mine"
