@@ -182,8 +182,14 @@ def quantisers(params: Any, kind: str, but: Collection[str] = ()) -> dict[str, C
 
 
 def _nearest(table: np.ndarray, x: Array) -> Array:
-    """Indices into a sorted table, the lower at a tie. A sum of comparisons: unlike a search, it runs in wide vectors."""
-    return sum((x > middle).astype(jnp.uint8) for middle in (table[1:] + table[:-1]) / 2)  # type: ignore[return-value]
+    """Indices into a sorted table, the lower at a tie. A sum of comparisons: unlike a search, it runs in wide vectors; as a loop,
+    as 255 of them take longer to compile than to run."""
+    middles = jnp.asarray((table[1:] + table[:-1]) / 2)
+
+    def count(i: Array, found: Array) -> Array:
+        return found + (x > middles[i]).astype(jnp.uint8)
+
+    return jax.lax.fori_loop(0, len(middles), count, jnp.zeros(x.shape, jnp.uint8), unroll=15)
 
 
 def _nf4_values(codes: Array) -> Array:
