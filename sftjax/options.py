@@ -83,7 +83,7 @@ def build_parser() -> Parser:
 
     p = verb("train", "--config=FILE --workdir=DIR", "Runs the config's task in a directory; run again, it resumes.")
     config(p)
-    p.add_argument("--workdir", metavar="DIR", help="the run's directory, which may be gs://BUCKET/PATH: checkpoints, metrics, report")
+    p.add_argument("--workdir", metavar="DIR", help="checkpoints, metrics, report go here; may be gs://BUCKET/PATH")
     p.add_argument("--force", action="store_true", help="go on in a directory whose run had another config, data or base")
     p.add_argument(
         "--coordinator",

@@ -15,6 +15,7 @@ from sftjax import sharding, tree
 from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.generate import flight as module
+from sftjax.generate import passes
 from sftjax.generate.engine import Engine, max_length
 from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
@@ -271,7 +272,7 @@ def test_the_models_positions_are_the_end():
 
 
 def programs():
-    return [fn._cache_size() for fn in (module._vacant, module._prefill, module._enter, module._decode, module._resized)]
+    return [fn._cache_size() for fn in (passes.vacant, passes.prefill, passes.enter, passes.decode, passes.resized)]
 
 
 def test_a_like_request_compiles_nothing():
@@ -309,14 +310,14 @@ def test_nobody_waits_for_the_longest(unequal, monkeypatch):
     """Slots are refilled while others go on: hardly more steps than the work there is, and the short come first."""
     engine, alone = unequal
     steps = []
-    decode = module._decode
+    decode = passes.decode
 
     def counted(*args, **options):
         state, out = decode(*args, **options)
         steps.append(int((np.asarray(out) >= 0).any(0).sum()))
         return state, out
 
-    monkeypatch.setattr(module, "_decode", counted)
+    monkeypatch.setattr(passes, "decode", counted)
     came = [row for row, _ in engine.each(MANY, max_new_tokens=60, temperature=1.0, batch_size=4)]
     lengths = [len(a.ids) for a in alone]
     assert sorted(came) == list(range(len(MANY))) and came != sorted(came)
