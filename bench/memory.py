@@ -25,10 +25,11 @@ from sft import METHODS
 
 from sftjax import config as schema
 from sftjax.check import CHOICES
+from sftjax.chips import GIB
 from sftjax.models.config import DecoderConfig, Rope
 from sftjax.plan import exact
-from sftjax.plan.chips import GIB, parse
 from sftjax.plan.step import Dry, mesh_sizes
+from sftjax.plan.topology import parse
 from sftjax.weights.quantize import KINDS
 
 SHAPES = {

@@ -130,7 +130,7 @@ def preview(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    from sftjax.plan.chips import parse
+    from sftjax.plan.topology import parse
 
     if args.topology:
         parse(args.topology)  # a misspelt one is told before a long import

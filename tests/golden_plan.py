@@ -156,8 +156,8 @@ def compile_case(case: str, folder: Path) -> tuple[Any, Any, Any]:
     import jax
 
     from sftjax.plan import exact
-    from sftjax.plan.chips import parse
     from sftjax.plan.step import mesh_sizes, open_dry
+    from sftjax.plan.topology import parse
 
     c, topology = config(case, folder)
     where, job = parse(topology), open_dry(c)

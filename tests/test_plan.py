@@ -11,12 +11,13 @@ import pytest
 from toy import CHATML, write_rows
 
 from sftjax import cli, tree
+from sftjax.chips import CHIPS
 from sftjax.config import UserError, override
 from sftjax.data import pipeline
 from sftjax.models.decoder import REMAT
 from sftjax.plan import exact, flops, memory, report, speed
-from sftjax.plan.chips import CHIPS, parse
 from sftjax.plan.step import compiling_for, mesh_sizes, open_dry
+from sftjax.plan.topology import parse
 from sftjax.train.progress import model_flops_per_token
 
 GOLDEN = json.loads(golden_plan.FILE.read_text())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sftjax.config import UserError
-from sftjax.plan.chips import Topology
+from sftjax.plan.topology import Topology
 
 QUIET = {  # libtpu would ask a metadata server what machine this is, and lock a device
     "TPU_SKIP_MDS_QUERY": "1",

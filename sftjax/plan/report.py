@@ -12,17 +12,18 @@ from ml_collections import ConfigDict
 
 from sftjax import tree
 from sftjax.check import ROLLOUTS, check
+from sftjax.chips import CHIPS, GIB, MIB, Chip
 from sftjax.config import UserError, default, override
 from sftjax.data import pipeline
 from sftjax.data.prompts import stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
 from sftjax.hf.load import resolve
 from sftjax.plan import exact
-from sftjax.plan.chips import CHIPS, GIB, MIB, SHAPES, Chip, Topology, parse
 from sftjax.plan.flops import Work, count
 from sftjax.plan.memory import POLICIES, Estimator
 from sftjax.plan.speed import EFFICIENCY, sizes_text, step_time
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry
+from sftjax.plan.topology import SHAPES, Topology, parse
 from sftjax.tasks.job import check_batch, check_length, check_routers
 from sftjax.tasks.rollouts import row_length
 from sftjax.train.progress import compact, duration, model_flops_per_token

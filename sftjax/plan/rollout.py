@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from sftjax import sharding, tree
+from sftjax.chips import Chip
 from sftjax.generate.flight import AHEAD
 from sftjax.generate.shapes import power
 from sftjax.models.decoder import Cache, head, init_cache
-from sftjax.plan.chips import Chip
 from sftjax.plan.flops import count
 from sftjax.plan.step import Dry, compiling_for
 from sftjax.weights import kinds

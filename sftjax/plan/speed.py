@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from sftjax.plan.chips import DCN, Topology
 from sftjax.plan.flops import Work
 from sftjax.plan.memory import Estimator
+from sftjax.plan.topology import DCN, Topology
 
 EFFICIENCY = 0.5  # an assumption; what a run reaches it prints as MFU
 

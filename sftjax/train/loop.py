@@ -128,6 +128,7 @@ def fit(
                 batch, collected = collect(step, state, batch)
             batch = hosts.to_devices(batch, mesh)
             if compiled is None:
+                progress.say("compiling the training step")
                 began = time.perf_counter()
                 compiled = lower(step_fn, state, frozen, batch).compile()
                 tally.compile_s = time.perf_counter() - began

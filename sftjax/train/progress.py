@@ -6,7 +6,6 @@ does twice (rematerialisation) or in vain (padding, masked scores) is not the mo
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,30 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from sftjax import tree
+from sftjax.chips import of_kind
 from sftjax.models.config import DecoderConfig
 from sftjax.weights import kinds
 
-# Dense bfloat16 TFLOP/s (no sparsity) of one jax device, from the makers' data sheets; the first pattern that is found.
-PEAK_TFLOPS = [
-    (r"\bH200\b|\bGH200\b", 989.0),  # NVIDIA H200 data sheet: 1,979 with sparsity
-    (r"\bH100 PCIe\b", 756.0),  # NVIDIA H100 data sheet
-    (r"\bH100 NVL\b", 835.0),
-    (r"\bH100\b", 989.0),  # SXM
-    (r"\bA100\b", 312.0),  # NVIDIA A100 data sheet
-    (r"\bL4\b", 121.0),  # NVIDIA L4 data sheet: 242 with sparsity
-    (r"\bT4\b", 65.0),  # NVIDIA T4 data sheet; float16, it has no bfloat16
-    (r"TPU v4$", 275.0),  # cloud.google.com/tpu/docs/v4, and so on
-    (r"TPU v5 ?lite|TPU v5e", 197.0),
-    (r"TPU v5p?$", 459.0),
-    (r"TPU v6 ?lite|TPU v6e", 918.0),
-]
-
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of one device, or None where it is not known (a CPU, a slice of a GPU)."""
-    if "MIG" in device_kind:
-        return None
-    return next((tflops * 1e12 for pattern, tflops in PEAK_TFLOPS if re.search(pattern, device_kind)), None)
+    """Peak FLOP/s of one device, or None where it is not known."""
+    chip = of_kind(device_kind)
+    return chip.flops if chip else None
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, device_kind: str, devices: int) -> float | None:
@@ -120,7 +104,7 @@ class Progress:
         if self.console.is_terminal and not self.console.is_jupyter and not self.console.quiet:
             columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[shown]}", markup=False)
             self.bar = Bar(*columns, console=self.console)
-            self.task = self.bar.add_task("train", total=total, shown="compiling ...")
+            self.task = self.bar.add_task("train", total=total, shown="starting ...")
 
     def __enter__(self) -> Progress:
         if self.bar:

@@ -1,4 +1,4 @@
-"""The chips that a plan is made for, and the names by which people rent them.
+"""The slices of chips that a plan is made for, by the names by which people rent them.
 
 v5e:4x4, v5e-16, v5litepod-16    one slice of 16 chips        2xv5e-16    two of them
 v5p-32, v4-32                    of 16 chips, named by their 32 cores
@@ -13,43 +13,9 @@ import os
 import re
 from dataclasses import dataclass
 
+from sftjax.chips import CHIPS, Chip
 from sftjax.config import UserError
 
-
-@dataclass(frozen=True)
-class Chip:
-    """One jax device. Rates are the maker's peaks, for dense bfloat16 (float16 where a chip has no bfloat16)."""
-
-    name: str
-    memory: float  # bytes that a program may use
-    flops: float | None  # FLOP/s
-    bandwidth: float | None  # bytes/s of its memory
-    link: float  # bytes/s to its neighbours, both directions together
-    cores: int = 1  # that a slice's name counts a chip
-    torus: int = 0  # dimensions; 0 is no TPU
-
-
-GB, MIB, GIB, TERA = 1e9, 2**20, 2**30, 1e12
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        # https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: "key specifications"; a link is their "bidirectional
-        # inter-chip interconnect bandwidth per chip", v4's six links of 50 GB/s each way: arXiv:2304.01433, section 2.
-        # Memory is what the compiler (libtpu 0.0.51) says there is, a quarter to one and a quarter GiB below the page's.
-        Chip("v4", 30.75 * GIB, 275 * TERA, 1200 * GB, 600 * GB, cores=2, torus=3),
-        Chip("v5e", 15.75 * GIB, 197 * TERA, 819 * GB, 400 * GB, torus=2),
-        Chip("v5p", 95.73 * GIB, 459 * TERA, 2765 * GB, 1200 * GB, cores=2, torus=3),
-        Chip("v6e", 31.24 * GIB, 918 * TERA, 1638 * GB, 800 * GB, torus=2),
-        # NVIDIA's data sheets, dense, SXM where there are several: https://www.nvidia.com/en-us/data-center/h200/, /h100/,
-        # /a100/, /l4/, /tesla-t4/; a link is NVLink, else PCIe. Memory is what nvidia-smi shows, of which CUDA takes some 0.5.
-        Chip("h200", 143771 * MIB, 989 * TERA, 4800 * GB, 900 * GB),
-        Chip("h100", 81559 * MIB, 989 * TERA, 3350 * GB, 900 * GB),
-        Chip("a100-80gb", 81920 * MIB, 312 * TERA, 2039 * GB, 600 * GB),
-        Chip("a100-40gb", 40960 * MIB, 312 * TERA, 1555 * GB, 600 * GB),
-        Chip("l4", 23034 * MIB, 121 * TERA, 300 * GB, 64 * GB),
-        Chip("t4", 15360 * MIB, 65 * TERA, 300 * GB, 32 * GB),
-    )
-}
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e"}
 ALIASES |= {"a100": "a100-80gb", "a100-80": "a100-80gb", "a100-40": "a100-40gb"}
 DCN = 6.25e9  # bytes/s a chip between slices: 50 Gbit/s, https://docs.cloud.google.com/tpu/docs/v5p
@@ -88,7 +54,7 @@ def parse(text: str) -> Topology:
     name = text.strip().lower().replace(" ", "")
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Topology(Chip("cpu", memory, None, None, 0.0))
+        return Topology(Chip("cpu", "cpu", memory, None, None, 0.0))
     found = re.fullmatch(r"(?:(\d+)x)?(.+?)(?::(.*)|[x-](\d+))?", name)
     slices, kind, shape, count = (1, name, None, None) if chip_named(name) or not found else found.groups()
     slices, count = int(slices or 1), int(count) if count else None
