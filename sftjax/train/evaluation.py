@@ -15,6 +15,8 @@ from sftjax.losses.tokens import Loss
 from sftjax.train.progress import Progress
 from sftjax.train.run import Run
 
+AHEAD = 16  # batches on their way
+
 
 def evaluator(loss: Loss, frozen: Any, mesh: Mesh) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """`(trainable, batches) -> {"loss", "count", ...}`: sums over all batches, divided once; {} where nothing counts.
@@ -24,7 +26,12 @@ def evaluator(loss: Loss, frozen: Any, mesh: Mesh) -> Callable[[Any, Iterable[Ba
     sums = jax.jit(lambda trainable, frozen, batch: loss(tree.join(trainable, frozen), batch, None))
 
     def evaluate(trainable: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        got = hosts.fetch([sums(trainable, frozen, hosts.to_devices(batch, mesh)) for batch in batches])
+        parts: list[Any] = []
+        for batch in batches:
+            parts.append(sums(trainable, frozen, hosts.to_devices(batch, mesh)))
+            if len(parts) > AHEAD:  # or a device would be sent all of them at once
+                jax.block_until_ready(parts[-AHEAD])
+        got = hosts.fetch(parts)
         count = sum(float(n) for _, n, _ in got)
         if not count:
             return {}
