@@ -297,7 +297,6 @@ REFUSED = [
     ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types has 1 entries"),
     ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "linear_attention"),
     ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
-    ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop=0.1"),
     ({"model_type": "phi3", "lm_head_bias": True}, "lm_head_bias"),
     (
         {"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [1.0]}},

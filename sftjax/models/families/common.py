@@ -1,6 +1,7 @@
 """What the families share: how a config.json is read without guessing, and the table of Hugging Face tensor names.
 
-A key that changes the computation is either read or refused by name; nothing is half-read.
+A key that changes the computation is either read or refused by name; nothing is half-read. Dropout (attention_dropout: Granite
+says 0.1) is how the checkpoint was trained and changes nothing that it computes: it is passed over, and not applied in training.
 """
 
 from __future__ import annotations
@@ -128,8 +129,6 @@ def base(
     activation = raw.get(act) or "silu"
     if activation not in ACTIVATIONS:
         raise UserError(f"{act}={activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    if raw.get("attention_dropout"):
-        raise UserError(f"attention_dropout={raw['attention_dropout']} is not supported; set it to 0.0")
     positions = size(raw, "max_position_embeddings", max_positions)
     turning = rope(raw, positions, head_dim)
     if turning.partial != 1.0 and not partial:
