@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING
 
 from sftjax.config import UserError
@@ -207,6 +208,42 @@ def test_the_positions_of_gemma_3_are_those_that_its_factor_has_reached():
     assert max_length(config_from_hf(raw("gemma3_text", max_position_embeddings=131_072, rope_scaling=LINEAR))) == 131_072
 
 
+# where transformers reads a null as something; any other it refuses, or reads as if the key were absent
+SAY_SOMETHING = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
+MORE = ("initializer_range", "rope_theta", "rope_parameters", "layer_types", "no_rope_layers", "attention_dropout")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_null_is_as_good_as_absent(family):
+    default = CONFIG_MAPPING[family]()
+    for key in {*DRAWN, *MORE} - {*SAY_SOMETHING, "vocab_size", "num_hidden_layers"}:
+        if hasattr(default, key):
+            absent = {name: value for name, value in raw(family).items() if name != key}
+            assert config_from_hf(absent | {key: None}) == config_from_hf(absent), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_null_that_says_something_is_read_as_transformers_reads_it(family):
+    default = CONFIG_MAPPING[family]()
+    for key in (key for key in SAY_SOMETHING if hasattr(default, key)):
+        given = raw(family) | {key: None}
+        try:
+            theirs = CONFIG_MAPPING[family](**given, **TOKENS)
+        except StrictDataclassFieldValidationError:
+            continue
+        if key == "sliding_window" and "sliding_attention" in (getattr(theirs, "layer_types", None) or ()):
+            continue  # a window of no width, which REFUSED has
+        if theirs.num_key_value_heads:  # else transformers makes no model of it
+            assert spelled_out(config_from_hf(given)) == meant(family, theirs), key
+
+
+def test_dropout_of_a_checkpoint_changes_nothing():
+    """Granite 3 says 0.1."""
+    for family in FAMILIES:
+        dropout = {"attention_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+        assert config_from_hf(raw(family) | dropout) == config_from_hf(raw(family))
+
+
 ROPES = [
     ({"rope_type": "default"}, Rope(500.0)),
     ({"type": "linear", "factor": 2}, Rope(500.0, "linear", 2.0)),
@@ -275,10 +312,11 @@ REFUSED = [
     ({"architectures": ["LlamaForTokenClassification"]}, "needs LlamaForCausalLM or LlamaForSequenceClassification"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
-    ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ({"head_dim": 7}, "head_dim=7"),
     ({"head_dim": "8"}, "head_dim='8'"),
     ({"hidden_size": None}, "hidden_size is missing"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not a positive number"),
+    ({"model_type": "qwen2", "max_window_layers": -1}, "max_window_layers=-1 is not a whole number, at least 0"),
     ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
     ({"attention_bias": "yes"}, "attention_bias='yes'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
