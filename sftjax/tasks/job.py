@@ -29,7 +29,6 @@ from sftjax.data.batch import Batch
 from sftjax.data.prompts import stream
 from sftjax.data.rows import Rows
 from sftjax.data.stream import WHOLE, eval_batches
-from sftjax.generate.engine import max_length
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
@@ -309,7 +308,7 @@ def eval_rows(config: ConfigDict) -> int:
 
 def check_length(config: ConfigDict, base: Base) -> None:
     """Refuses a row length beyond the model's positions, of which it has learnt nothing."""
-    limit = max_length(base.source_config)
+    limit = base.source_config.reach
     if config.data.max_length > limit:
         raise UserError(
             f"data.max_length={config.data.max_length} is more than the {limit} positions of {base.directory}; "

@@ -9,7 +9,6 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING
 
 from sftjax.config import UserError
-from sftjax.generate.engine import max_length
 from sftjax.models.config import Clamp, DecoderConfig, Experts, Rope
 from sftjax.models.families import FAMILIES, config_from_hf
 from sftjax.models.families.common import ACTIVATIONS
@@ -204,8 +203,24 @@ def test_the_spelling_of_transformers_4_is_read_as_transformers_5_reads_it(famil
     assert spelled_out(config_from_hf(given)) == meant(family, theirs)
 
 
-def test_the_positions_of_gemma_3_are_those_that_its_factor_has_reached():
-    assert max_length(config_from_hf(raw("gemma3_text", max_position_embeddings=131_072, rope_scaling=LINEAR))) == 131_072
+REACH = [  # of the hub's own configs, and as their cards say that they are extended
+    ("Llama-3.2-1B", "llama", 131_072, {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}, 131_072),
+    ("Llama-3.1-8B", "llama", 131_072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131_072),
+    ("gemma-3-4b", "gemma3_text", 131_072, LINEAR, 131_072),
+    ("gpt-oss-20b", "gpt_oss", 131_072, {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131_072),
+    ("Qwen3-8B", "qwen3", 40_960, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+    ("Qwen2.5-7B", "qwen2", 32_768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+    ("vicuna-7b-v1.5-16k", "llama", 4096, {"type": "linear", "factor": 4.0}, 16_384),
+    ("a Llama 2 by dynamic NTK", "llama", 4096, {"type": "dynamic", "factor": 2.0}, 8192),
+    ("Qwen3-8B as it comes", "qwen3", 40_960, None, 40_960),
+]
+
+
+@pytest.mark.parametrize("name, family, positions, scaling, reach", REACH, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_model_reaches_as_far_as_it_says(name, family, positions, scaling, reach):
+    if scaling and scaling.get("rope_type") == "llama3":
+        scaling = scaling | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert config_from_hf(raw(family, max_position_embeddings=positions, rope_scaling=scaling)).reach == reach
 
 
 # where transformers reads a null as something; any other it refuses, or reads as if the key were absent
@@ -297,6 +312,7 @@ def test_longrope_by_all_its_names(name):
     own = {"original_max_position_embeddings": 32, "max_position_embeddings": 128}
     rope = config_from_hf(raw("phi3", rope_scaling=LONG | {"type": name}, **own)).rope
     assert (rope.kind, rope.factor, rope.original_max_positions) == ("longrope", 4.0, 32)
+    assert config_from_hf(raw("phi3", rope_scaling=LONG | {"type": name}, **own)).reach == 128
     assert rope.attention_factor == pytest.approx(1.4**0.5) and rope.short_factor[5] == 1.5 and rope.long_factor[5] == 6.0
     part = raw("phi3", rope_parameters=LONG | {"partial_rotary_factor": 0.5, "short_factor": [1, 1, 1], "long_factor": [1, 2, 3]})
     assert config_from_hf(part).rope.partial == 0.5
