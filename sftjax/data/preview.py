@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from sftjax.data.prompts import Prompts, stream
 from sftjax.data.rows import OTHER, Rows
 from sftjax.data.stream import Stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
-from sftjax.hf.load import resolve
+from sftjax.hf.load import check_length, load_config, resolve
+from sftjax.models.config import DecoderConfig
 
 HEAD, TAIL = 500, 200  # tokens shown of a long row: its beginning, and its end with the terminator
 BAR = 40  # characters of the histogram's longest bar
@@ -35,6 +37,8 @@ def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -
     config, console = opened(config), console or Console()
     if not config.model.path:
         raise UserError("model.path is empty: the rows are seen through a model's tokenizer; set --config.model.path=DIR")
+    if known := decoder_config(config.model.path):
+        check_length(config.data.max_length, known, config.model.path)
     adapter = resolve(config.model.adapter, needs="adapter_config.json") if config.model.adapter else None
     tokenizer = open_tokenizer(config.model.path, adapter, config.model.trust_remote_code, config.model.revision)
     chat, new = chat_for(config, tokenizer)
@@ -59,6 +63,14 @@ def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -
     console.print(counts(splits.report))
     console.print(histogram(splits.train.lengths), soft_wrap=True)
     console.print(Text(prompting(asked) if isinstance(asked, Prompts) else packing(asked)), soft_wrap=True)
+
+
+def decoder_config(directory: str) -> DecoderConfig | None:
+    """Of a model that could be trained; None of another, and of a tokenizer alone, which show rows all the same."""
+    try:
+        return load_config(Path(directory).expanduser())
+    except UserError:
+        return None
 
 
 def beside(rows: Rows, i: int) -> Text:

@@ -29,6 +29,7 @@ from sftjax.data.batch import Batch
 from sftjax.data.prompts import stream
 from sftjax.data.rows import Rows
 from sftjax.data.stream import WHOLE, eval_batches
+from sftjax.hf.load import check_length
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
@@ -61,7 +62,7 @@ class Job:
             hosts.refuse_idle(self.mesh)
             check_batch(config, self.mesh)
             self.base = Base(config)
-            check_length(config, self.base)
+            check_length(config.data.max_length, self.base.source_config, self.base.directory)
             check_routers(config, self.base)
             self.chat = self.base.chat
             self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
@@ -304,16 +305,6 @@ def check_batch(config: ConfigDict, mesh: Any) -> None:
 def eval_rows(config: ConfigDict) -> int:
     """Rows of an evaluation batch: as many as training takes at a time, unless the config says."""
     return config.eval.batch_size or config.train.micro_batch or config.train.batch_size
-
-
-def check_length(config: ConfigDict, base: Base) -> None:
-    """Refuses a row length beyond the model's positions, of which it has learnt nothing."""
-    limit = base.source_config.reach
-    if config.data.max_length > limit:
-        raise UserError(
-            f"data.max_length={config.data.max_length} is more than the {limit} positions of {base.directory}; "
-            f"use --config.data.max_length={limit}"
-        )
 
 
 def check_routers(config: ConfigDict, base: Base) -> None:

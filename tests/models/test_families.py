@@ -204,8 +204,8 @@ def test_the_spelling_of_transformers_4_is_read_as_transformers_5_reads_it(famil
 
 
 REACH = [  # of the hub's own configs, and as their cards say that they are extended
-    ("Llama-3.2-1B", "llama", 131_072, {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}, 131_072),
-    ("Llama-3.1-8B", "llama", 131_072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131_072),
+    ("Llama-3.2", "llama", 131_072, {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}, 131_072),
+    ("Llama-3.1", "llama", 131_072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131_072),
     ("gemma-3-4b", "gemma3_text", 131_072, LINEAR, 131_072),
     ("gpt-oss-20b", "gpt_oss", 131_072, {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131_072),
     ("Qwen3-8B", "qwen3", 40_960, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
