@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥", "\r": "␍"})
 
 
 def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -> None:
-    """Prints the first `rows` training rows and how all of them fit the config. Raises UserError as training would."""
+    """Prints the first `rows` training rows, of several sources in turn, and how all of them fit the config.
+
+    Raises UserError as training would.
+    """
     config, console = opened(config), console or Console()
     if not config.model.path:
         raise UserError("model.path is empty: the rows are seen through a model's tokenizer; set --config.model.path=DIR")
@@ -47,7 +50,7 @@ def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -
     splits = build(config, chat, say=lambda line: console.print(Text(line), soft_wrap=True))
     asked = stream(splits.train, config)
     plain = console.no_color or console.color_system is None
-    for i in range(min(rows, len(splits.train))):
+    for i in spread(splits.train.store, rows):
         console.print()
         console.print(title(splits.train, i), soft_wrap=True)
         for ids, weights, slot in splits.train.parts(i):
@@ -71,6 +74,12 @@ def decoder_config(directory: str) -> DecoderConfig | None:
         return load_config(Path(directory).expanduser())
     except UserError:
         return None
+
+
+def spread(store: np.ndarray, n: int) -> list[int]:
+    """The numbers of n rows: the first of each source, then the second of each; `store` says of which source each row is."""
+    each = (np.flatnonzero(store == s)[:n].tolist() for s in np.unique(store))
+    return [i for turn in zip_longest(*each) for i in turn if i is not None][:n]
 
 
 def beside(rows: Rows, i: int) -> Text:
