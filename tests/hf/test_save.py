@@ -148,6 +148,25 @@ def test_the_tokenizer_goes_along_with_the_template_in_force(checkpoint, tmp_pat
     assert old == new
 
 
+@pytest.mark.parametrize("legacy", [True, False], ids=["in tokenizer_config.json", "in files"])
+@pytest.mark.parametrize("grown", [True, False])
+@pytest.mark.parametrize("force", ["old", "new"])
+def test_several_templates_stay_unless_another_is_in_force(checkpoint, edit_json, tmp_path, legacy, grown, force):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source, several = checkpoint("llama"), {"default": "old", "tool_use": "tools"}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    made.chat_template = None if legacy else several
+    made.save_pretrained(source)
+    if legacy:
+        held = [{"name": name, "template": text} for name, text in several.items()]
+        edit_json(source / "tokenizer_config.json", chat_template=held)
+    made.chat_template = several if force == "old" else force  # as data.chat.prepare leaves it
+    save(*load(source), source=source, out=tmp_path / "out", tokenizer=made if grown else None, template=force)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (several if force == "old" else force)
+
+
 def test_only_our_own_exports_are_replaced(checkpoint, tmp_path):
     source = checkpoint("llama")
     params, config = load(source)
