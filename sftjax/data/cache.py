@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -32,6 +31,7 @@ import numpy as np
 from sftjax.config import UserError
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import Rejected
+from sftjax.hf.staging import unfinished
 
 VERSION = 6  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype(
@@ -155,10 +155,11 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
 
 @contextmanager
 def entry(root: Path, key: str) -> Iterator[Path]:
-    """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not."""
+    """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not: at once, or where
+    the process is killed, when the next entry begins."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        fresh = root / f".new-{uuid.uuid4().hex}"
+        fresh = unfinished(root / "rows")
         fresh.mkdir()  # not by tempfile, whose directories are for one user alone
         try:
             yield fresh
