@@ -62,6 +62,7 @@ def test_what_is_being_written_stays(kind, tmp_path):
         (f".outer.{host()}.{2**22 + 1}.00000000.tmp", 2 * DAY, True),
         (".out.backup", 2 * DAY, True),
     ],
+    ids=["another's, new", "another's, old", "own, old", "dead, new", "of another export", "of nobody"],
 )
 def test_only_what_is_abandoned_goes(tmp_path, name, age, stays):
     (tmp_path / name).mkdir()
