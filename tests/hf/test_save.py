@@ -11,6 +11,7 @@ import pytest
 
 from sftjax import tree
 from sftjax.config import UserError
+from sftjax.data.tokenizer import open_tokenizer
 from sftjax.hf import save as save_module
 from sftjax.hf.load import load_config, load_params, read_json, resize_embeddings
 from sftjax.hf.save import save
@@ -164,7 +165,9 @@ def test_several_templates_stay_unless_another_is_in_force(checkpoint, edit_json
         edit_json(source / "tokenizer_config.json", chat_template=held)
     made.chat_template = several if force == "old" else force  # as data.chat.prepare leaves it
     save(*load(source), source=source, out=tmp_path / "out", tokenizer=made if grown else None, template=force)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (several if force == "old" else force)
+    expected = several if force == "old" else force
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == expected
+    assert open_tokenizer("anywhere", tmp_path / "out").chat_template == expected  # as what lies with an adapter
 
 
 def test_only_our_own_exports_are_replaced(checkpoint, tmp_path):
