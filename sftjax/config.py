@@ -11,6 +11,7 @@ import ast
 import copy
 import difflib
 import importlib.util
+import math
 import os
 import re
 import traceback
@@ -414,7 +415,7 @@ def read(text: str) -> Any:
     """The number, the truth value, the list or dict that a text says; the text itself where it says none."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # {[1]: 2}, and brackets without end
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
@@ -431,8 +432,9 @@ def parts(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def shares(value: Any) -> bool:
-    """Is it train : eval : test, or less of it?"""
-    return isinstance(value, (tuple, list)) and len(value) in (1, 2, 3) and all(isinstance(x, (int, float)) for x in value)
+    """Is it train : eval : test, or less of it, in finite numbers?"""
+    numbers = isinstance(value, (tuple, list)) and all(isinstance(x, (int, float)) and abs(x) < math.inf for x in value)
+    return numbers and len(value) in (1, 2, 3)
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:

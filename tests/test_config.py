@@ -83,6 +83,7 @@ REFUSED = [
     ("mesh.fsdp=-2", "needs at least 1, or -1"),
     ("data.split=a,b", "needs numbers"),
     ("data.split=8,1,1,1", "needs numbers"),
+    ("data.split=1e999,1", "needs numbers"),
     ("data.columns=text", "--config.data.columns.NAME=text"),
     ("lora.rank=none", "needs a number"),
     ("lora.lr_ratio=0", "needs more than 0"),
@@ -121,6 +122,11 @@ def test_a_value_of_another_type_or_range_is_refused(change, sentence):
     key, _, text = change.partition("=")
     assert re.match(rf"--config\.{key}=({re.escape(text)}|[\w.-]+): ", said)
     assert sentence in said
+
+
+@pytest.mark.parametrize("text", ["{[1]: 2}", "{{}}", "(" * 10_000, "-" * 10_000 + "1", "1 +", "{1: 2}[1]", "a,b"])
+def test_what_is_no_value_of_python_is_the_text_itself(text):
+    assert config_module.read(text) == text
 
 
 def test_every_format_may_be_named():

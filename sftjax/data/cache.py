@@ -20,11 +20,12 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ import numpy as np
 from sftjax.config import UserError
 from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import Rejected
+from sftjax.hf.staging import unfinished
 
 VERSION = 6  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype(
@@ -41,6 +43,7 @@ ROW = np.dtype(
     ]
 )
 PART = np.dtype([("length", "<i4"), ("slot", "<i4"), ("answer", "<i4")])
+PACK_ROW, PACK_PART = Struct("<iqQQq??").pack, Struct("<iii").pack  # the same, of plain numbers
 
 
 class Row(NamedTuple):
@@ -111,9 +114,9 @@ def flat(path: Path, dtype: type) -> np.ndarray:
 def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> None:
     """Writes a store to the empty directory `path`, row by row; `files` are those the rows come from."""
     sources: dict[str, int] = {}
-    facts, offsets, example_offsets = [], [0], [0]
-    parts: list[tuple[int, int, int]] = []
-    part_offsets = [0]
+    # some 80 bytes a row are held: as objects of Python they would be 400, and gigabytes of millions of rows
+    facts, parts = bytearray(), bytearray()
+    offsets, example_offsets, part_offsets = array("q", [0]), array("q", [0]), array("q", [0])
     digest, whole = hashlib.sha256(), hashlib.sha256()
     with ExitStack() as stack:
         tokens, weights, examples = (
@@ -136,18 +139,18 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
             at, trained = 0, []
             for length, slot in row.parts:
                 counts = np.flatnonzero(row.weights[at + 1 : at + length])  # a first token has nothing to be predicted from
-                parts.append((length, slot, int(counts[0]) + 1 if len(counts) else length))
+                parts += PACK_PART(length, slot, int(counts[0]) + 1 if len(counts) else length)
                 trained.append(len(counts))
                 at += length
-            part_offsets.append(len(parts))
+            part_offsets.append(part_offsets[-1] + len(row.parts))
             count = sum(trained) if all(trained) else 0  # an answer without a trained token has nothing to be compared by
             source = sources.setdefault(row.source, len(sources))
-            facts.append((source, row.line, row.key, row.prompt, count, row.terminated, row.tied))
-    np.save(path / "rows.npy", np.array(facts, ROW))
-    np.save(path / "offsets.npy", np.array(offsets, np.int64))
-    np.save(path / "example_offsets.npy", np.array(example_offsets, np.int64))
-    np.save(path / "parts.npy", np.array(parts, PART))
-    np.save(path / "part_offsets.npy", np.array(part_offsets, np.int64))
+            facts += PACK_ROW(source, row.line, row.key, row.prompt, count, row.terminated, row.tied)
+    np.save(path / "rows.npy", np.frombuffer(facts, ROW))
+    np.save(path / "parts.npy", np.frombuffer(parts, PART))
+    np.save(path / "offsets.npy", np.frombuffer(offsets, np.int64))
+    np.save(path / "example_offsets.npy", np.frombuffer(example_offsets, np.int64))
+    np.save(path / "part_offsets.npy", np.frombuffer(part_offsets, np.int64))
     meta = {"files": list(files), "sources": list(sources), "tokens_sha256": digest.hexdigest()}
     meta["rows_sha256"] = whole.hexdigest()
     (path / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), "utf-8")
@@ -155,10 +158,11 @@ def write(path: Path, rows: Iterable[Row | Rejected], files: Sequence[str]) -> N
 
 @contextmanager
 def entry(root: Path, key: str) -> Iterator[Path]:
-    """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not."""
+    """A new directory to fill, which becomes `root/key` when the block ends well and vanishes when it does not: at once, or where
+    the process is killed, when the next entry begins."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        fresh = root / f".new-{uuid.uuid4().hex}"
+        fresh = unfinished(root / "rows")
         fresh.mkdir()  # not by tempfile, whose directories are for one user alone
         try:
             yield fresh

@@ -16,7 +16,7 @@ from sftjax.data import preferences
 from sftjax.data.conversation import check_answered, named, refuse_media
 from sftjax.data.example import Example, Message, RowError
 from sftjax.data.fields import Row, Wishes, asked, dialogue
-from sftjax.data.layouts import Layout, detect
+from sftjax.data.layouts import Layout, detect, of_another
 from sftjax.data.readers import NoRows, read, resolve
 from sftjax.data.sources import Source, sources
 
@@ -59,7 +59,7 @@ def read_examples(
                     raise row
                 yield from to_examples(row, layout, wishes, source=file, line=line)
             except RowError as e:
-                yield Rejected(file, line, e.field, e.reason)
+                yield Rejected(file, line, e.field, e.reason + of_another(row, layout, want))
 
 
 def counted(n: int) -> str:

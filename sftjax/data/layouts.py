@@ -145,6 +145,19 @@ def _fit(format: str, seen: list[str], columns: Mapping[str, str]) -> dict[str, 
     return found if all(name in found for name in NEEDS[format]) else None
 
 
+def of_another(row: Any, layout: Layout | None, want: str) -> str:
+    """What to add to the reason of a rejected row that has nothing of its source's format and all of another's; else nothing."""
+    if layout is None or not isinstance(row, dict):
+        return ""
+    blank: tuple[Any, ...] = (None, "", [])
+    if any(pick(row, layout.columns[name]) not in blank for name in NEEDS[layout.format]):
+        return ""
+    seen = [name for name, held in row.items() if held not in blank]
+    other = next((format for format in FORMATS[want] if format != layout.format and _fit(format, seen, {})), None)
+    mend = "give each format a file of its own, --config.data.train=A,B"
+    return f"; by its columns it is {other}, and the source is read as {layout.format}: {mend}" if other else ""
+
+
 def _refuse_preferences(rows: Sequence[dict[str, Any]], source: str, format: str, columns: Mapping[str, str]) -> None:
     """Good and bad answers side by side would be trained on alike: only where the user says so."""
     if format != "auto":

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from sftjax.data.prompts import Prompts, stream
 from sftjax.data.rows import OTHER, Rows
 from sftjax.data.stream import Stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
-from sftjax.hf.load import resolve
+from sftjax.hf.load import check_length, load_config, resolve
+from sftjax.models.config import DecoderConfig
 
 HEAD, TAIL = 500, 200  # tokens shown of a long row: its beginning, and its end with the terminator
 BAR = 40  # characters of the histogram's longest bar
@@ -31,10 +33,15 @@ VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥", "\r": "␍"})
 
 
 def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -> None:
-    """Prints the first `rows` training rows and how all of them fit the config. Raises UserError as training would."""
+    """Prints the first `rows` training rows, of several sources in turn, and how all of them fit the config.
+
+    Raises UserError as training would.
+    """
     config, console = opened(config), console or Console()
     if not config.model.path:
         raise UserError("model.path is empty: the rows are seen through a model's tokenizer; set --config.model.path=DIR")
+    if known := decoder_config(config.model.path):
+        check_length(config.data.max_length, known, config.model.path)
     adapter = resolve(config.model.adapter, needs="adapter_config.json") if config.model.adapter else None
     tokenizer = open_tokenizer(config.model.path, adapter, config.model.trust_remote_code, config.model.revision)
     chat, new = chat_for(config, tokenizer)
@@ -43,7 +50,7 @@ def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -
     splits = build(config, chat, say=lambda line: console.print(Text(line), soft_wrap=True))
     asked = stream(splits.train, config)
     plain = console.no_color or console.color_system is None
-    for i in range(min(rows, len(splits.train))):
+    for i in spread(splits.train.store, rows):
         console.print()
         console.print(title(splits.train, i), soft_wrap=True)
         for ids, weights, slot in splits.train.parts(i):
@@ -59,6 +66,20 @@ def preview(config: ConfigDict, console: Console | None = None, rows: int = 3) -
     console.print(counts(splits.report))
     console.print(histogram(splits.train.lengths), soft_wrap=True)
     console.print(Text(prompting(asked) if isinstance(asked, Prompts) else packing(asked)), soft_wrap=True)
+
+
+def decoder_config(directory: str) -> DecoderConfig | None:
+    """Of a model that could be trained; None of another, and of a tokenizer alone, which show rows all the same."""
+    try:
+        return load_config(Path(directory).expanduser())
+    except UserError:
+        return None
+
+
+def spread(store: np.ndarray, n: int) -> list[int]:
+    """The numbers of n rows: the first of each source, then the second of each; `store` says of which source each row is."""
+    each = (np.flatnonzero(store == s)[:n].tolist() for s in np.unique(store))
+    return [i for turn in zip_longest(*each) for i in turn if i is not None][:n]
 
 
 def beside(rows: Rows, i: int) -> Text:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 from itertools import islice
 from typing import Any
 
@@ -87,11 +86,9 @@ def read_lines(file: Iterable[bytes], path: str) -> Rows:
 
 
 def read_document(raw: bytes, path: str) -> Rows:
-    """The rows of a whole .json file, whichever way it holds them."""
+    """The rows of a whole .json file, whichever way it holds them. The bytes are let go of before the first row."""
     if raw.startswith(WIDE):
         raise UserError(f"{path}: is UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)")
-    if _one_a_line(raw):
-        return read_lines(BytesIO(raw), path)
     # a byte order mark becomes as many spaces, so that offsets stay those of the file
     text = _text(b" " * len(BOM) + raw[len(BOM) :] if raw.startswith(BOM) else raw)
     start = _skip(text, 0)
@@ -105,14 +102,14 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def _one_a_line(raw: bytes) -> bool:
+def one_a_line(file: Iterable[bytes]) -> bool:
     """Whether the first line is a whole object and is not the only one: JSON Lines under another name."""
-    head = list(islice((line for line in BytesIO(raw) if line.strip()), 2))
+    head = list(islice((line for line in file if line.strip()), 2))
     if len(head) < 2 or not head[0].removeprefix(BOM).lstrip().startswith(b"{"):
         return False
     try:
         LENIENT.decode(_text(head[0].removeprefix(BOM)).strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -1,7 +1,7 @@
 """Files to raw rows, each with the line it starts on: .json .jsonl .csv .tsv .parquet .txt (.gz too), hub datasets.
 
 A row that cannot be read comes as a RowError in its place, and reading goes on. In a .txt file a blank line ends a
-row; a file without blank lines has one row a line. Everything streams except .json, which is held as text.
+row; a file without blank lines has one row a line. Everything streams but a .json, held as text, that is not JSON Lines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from sftjax.config import UserError
 from sftjax.data.example import RowError
 from sftjax.data.lines import BOM, decode, numbered, open_bytes, reason, troubles
-from sftjax.data.read_json import read_document, read_lines
+from sftjax.data.read_json import one_a_line, read_document, read_lines
 from sftjax.data.read_table import read_table
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -128,8 +128,9 @@ def _rows(path: str, numbers: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
             yield from read_text(path)
         case ".json":
             with open_bytes(path) as file:
-                raw = file.read()
-            yield from read_document(raw, path)
+                lines = one_a_line(file)
+                file.seek(0)
+                yield from read_lines(file, path) if lines else read_document(file.read(), path)  # no name holds the bytes
         case ".jsonl":
             with open_bytes(path) as file:
                 start = file.readline(64).removeprefix(BOM).strip()

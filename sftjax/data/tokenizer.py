@@ -27,8 +27,9 @@ def open_tokenizer(
 ) -> Any:
     """The tokenizer of `base`, a directory or hub id, under an adapter's directory: its tokenizer and its chat template,
     where it has them. Raises UserError."""
-    tokenizer = load_tokenizer(tokenizer_place(base, adapter), trust_remote_code, revision)
-    if adapter and (template := adapter / "chat_template.jinja").is_file():
+    place = tokenizer_place(base, adapter)
+    tokenizer = load_tokenizer(place, trust_remote_code, revision)
+    if adapter and place != adapter and (template := adapter / "chat_template.jinja").is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 

@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,17 +27,11 @@ from sftjax.evaluate.endpoint import Endpoint, Reply, check_url
 from sftjax.evaluate.prompts import Ask, plain
 from sftjax.generate.open import open_engine
 from sftjax.hf.load import resolve
-from sftjax.train.manifest import TOKENIZER
+from sftjax.hf.save import MORE_TEMPLATES
+from sftjax.train.manifest import hash_tokenizer, hash_weights
 
-# whatever changes an answer, beside the weights
-FILES = (
-    "config.json",
-    "adapter_config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    *TOKENIZER,
-    "chat_template.json",
-)
+# what changes an answer, beside weights, tokenizer and templates
+FILES = ("generation_config.json", "chat_template.json")
 NAMED = re.compile(r"([^/\\@=:#]+)=(.+)", re.DOTALL)
 
 
@@ -147,19 +140,13 @@ class Local:
 
 
 def hash_folder(folder: Path) -> str:
-    """Of the contents of all that answers depend on. Every byte of the weights counts: tuning may change middle layers alone."""
-    digest = hashlib.sha256()
-    found = [folder / name for name in FILES if (folder / name).is_file()]
-    for path in [*found, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.jinja"))]:
-        stat = path.stat()
-        digest.update(f"{path.name}\0{hash_file(path.resolve(), stat.st_size, stat.st_mtime_ns)}\0".encode())
-    return digest.hexdigest()
-
-
-@cache  # a base under several adapters is read once
-def hash_file(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of the contents of all that answers depend on; weights are told apart as a run tells its base from another."""
+    parts = [hash_weights(folder), hash_tokenizer(folder)]
+    templates = sorted([*folder.glob("*.jinja"), *folder.glob(f"{MORE_TEMPLATES}/*.jinja")])
+    for path in [*(folder / name for name in FILES), *templates]:
+        if path.is_file():
+            parts.append(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class Remote:

@@ -25,7 +25,6 @@ from sftjax.data.classes import Classes
 from sftjax.data.conversation import conversation, named
 from sftjax.data.example import Message, RowError
 from sftjax.data.pack import assemble
-from sftjax.generate.engine import max_length
 from sftjax.hf.model import Model
 from sftjax.models.decoder import Decoder, forward
 from sftjax.models.heads import segment_scores
@@ -46,7 +45,7 @@ def classify(model: Model, texts: Sequence[str], *, batch_size: int = 16) -> tup
         raise UserError(f"classify: text {wrong[0][0]} is {named(wrong[0][1])}, must be text")
     chat = Classes(model.tokenizer, model.config.labels)
     try:
-        sequences = [chat.text_ids(text)[: max_length(model.config)] for text in texts]
+        sequences = [chat.text_ids(text)[: model.config.reach] for text in texts]
     except RowError as e:
         raise UserError(f"a text to classify {e.reason}") from e
     probabilities = np.asarray(jax.nn.softmax(score(model, sequences, batch_size=batch_size), -1))
@@ -88,7 +87,7 @@ def refuse_no_reward(of: Any, labels: Sequence[str]) -> None:
 
 def score(model: Model, sequences: Sequence[Sequence[int]], *, batch_size: int = 16) -> np.ndarray:
     """[n, C] float32: what the head makes of each sequence of tokens, none of them empty. Raises UserError for one too long."""
-    limit = max_length(model.config)
+    limit = model.config.reach
     if long := [len(ids) for ids in sequences if len(ids) > limit]:
         raise UserError(f"a sequence of {long[0]} tokens is longer than the {limit} positions of {model.directory}")
     out = np.zeros((len(sequences), len(model.config.labels)), np.float32)

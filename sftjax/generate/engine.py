@@ -23,7 +23,6 @@ from sftjax.generate.flight import CHUNK, Flight, Row, batch_shards
 from sftjax.generate.sampling import GREEDY, Sampling, choose
 from sftjax.generate.score import Scored, score_batch
 from sftjax.generate.text import Writer
-from sftjax.models.config import DecoderConfig
 from sftjax.models.decoder import Decoder
 from sftjax.weights import kinds
 from sftjax.weights.lora import still
@@ -65,7 +64,7 @@ class Engine:
         self.model = model.clone(remat="none")
         self.params = _in_compute_dtype(params, model.dtype, merge=not share)
         self.stop_ids = frozenset(int(i) for i in stop_ids)
-        self.limit = max_length(model.config)
+        self.limit = model.config.reach
 
     @cached_property
     def decoding(self) -> tuple[Decoder, Any]:
@@ -251,13 +250,6 @@ class Answer:
 def chunk(n: int, took: float) -> int:
     """How many passes to make before the next look, after n that took so many seconds."""
     return min(max(1, 2 * n), CHUNK) if took < LOOK else max(1, n // 2)
-
-
-def max_length(c: DecoderConfig) -> int:
-    """Tokens of prompt and answer that the model's positions reach, with what RoPE scaling adds."""
-    if c.rope.kind == "default":
-        return c.max_positions
-    return max(c.max_positions, int((c.rope.original_max_positions or c.max_positions) * c.rope.factor))
 
 
 def _in_compute_dtype(params: Any, dtype: Any, merge: bool = True) -> Any:

@@ -98,6 +98,15 @@ def load_config(directory: Path) -> DecoderConfig:
         raise e if str(e).startswith(str(file)) else UserError(f"{file}: {e}") from e
 
 
+def check_length(length: int, config: DecoderConfig, directory: str | Path) -> None:
+    """Refuses a row length beyond the model's positions, of which it has learnt nothing."""
+    if length > config.reach:
+        raise UserError(
+            f"data.max_length={length} is more than the {config.reach} positions of {directory}; "
+            f"use --config.data.max_length={config.reach}"
+        )
+
+
 def load_family(directory: Path) -> Family:
     """The family of a checkpoint directory."""
     return family_of(read_json(Path(directory) / "config.json"))

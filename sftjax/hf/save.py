@@ -28,6 +28,7 @@ from sftjax.weights.kinds import dense
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"]
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of those that are not the default: tool_use.jinja
 
 
 def save(
@@ -134,22 +135,42 @@ def _write_configs(
 
 
 def save_tokenizer(directory: Path, source: Path, tokenizer: Any, template: str | None) -> None:
-    """The tokenizer's files: the source's own, or `tokenizer`'s where tokens were added; and the template in force."""
+    """The tokenizer's files: the source's own, or `tokenizer`'s where tokens were added; and the template in force.
+
+    Where that is still the default among several, they all are; another one is in force alone, for conversations with tools too.
+    """
     config = directory / "tokenizer_config.json"
     if tokenizer is None:
         for name in TOKENIZER:
             if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)
+        if (source / MORE_TEMPLATES).is_dir():
+            shutil.copytree(source / MORE_TEMPLATES, directory / MORE_TEMPLATES)
     else:
         tokenizer.save_pretrained(directory)
         # transformers 5 writes class names that 4 does not know: keep the one that the source had
         old = source / "tokenizer_config.json"
         if old.is_file() and "tokenizer_class" in (had := read_json(old)):
             _write_json(config, read_json(config) | {"tokenizer_class": had["tokenizer_class"]})
-    if template is not None:
+    held = templates(directory)
+    if template is not None and not (len(held) > 1 and held.get("default") == template):
+        shutil.rmtree(directory / MORE_TEMPLATES, ignore_errors=True)
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         if config.is_file() and "chat_template" in (raw := read_json(config)):
             _write_json(config, raw | {"chat_template": template})
+
+
+def templates(directory: Path) -> dict[str, str]:
+    """The chat templates of a tokenizer's directory by name, as transformers finds them: files before what its config holds."""
+    files = [("default", directory / "chat_template.jinja")]
+    files += [(path.stem, path) for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))]
+    if found := {name: path.read_text(encoding="utf-8") for name, path in files if path.is_file()}:
+        return found
+    config = directory / "tokenizer_config.json"
+    held = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(held, list):
+        return {each["name"]: each["template"] for each in held}
+    return {"default": held} if held else {}
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

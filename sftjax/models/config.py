@@ -83,3 +83,14 @@ class DecoderConfig:
     experts: Experts | None = None
     init_std: float = 0.02
     labels: tuple[str, ...] = ()  # what the numbers of a score head mean, which stands in place of the vocabulary's; () = none
+
+    @property
+    def reach(self) -> int:
+        """Tokens of prompt and answer that the positions reach, with what RoPE scaling adds.
+
+        `max_positions` of llama3 and longrope is what they reached: 131072 of Llama 3.2, whose 8192 * factor 32 would be twice
+        that. Of the other kinds it is what they start from, as Qwen and transformers' documentation ask of who extends a model.
+        """
+        if self.rope.kind in ("default", "llama3", "longrope"):
+            return self.max_positions
+        return max(self.max_positions, int((self.rope.original_max_positions or self.max_positions) * self.rope.factor))

@@ -17,14 +17,14 @@ from sftjax.config import UserError, default, override
 from sftjax.data import pipeline
 from sftjax.data.prompts import stream
 from sftjax.data.tokenizer import chat_for, open_tokenizer
-from sftjax.hf.load import resolve
+from sftjax.hf.load import check_length, resolve
 from sftjax.plan import exact
 from sftjax.plan.flops import Work, count
 from sftjax.plan.memory import POLICIES, Estimator
 from sftjax.plan.speed import EFFICIENCY, sizes_text, step_time
 from sftjax.plan.step import Dry, abstract_mesh, compiling_for, mesh_sizes, open_dry
 from sftjax.plan.topology import SHAPES, Topology, parse
-from sftjax.tasks.job import check_batch, check_length, check_routers
+from sftjax.tasks.job import check_batch, check_routers
 from sftjax.tasks.rollouts import row_length
 from sftjax.train.progress import compact, duration, model_flops_per_token
 from sftjax.weights import kinds
@@ -67,7 +67,7 @@ def plan(
         config = config.copy_and_resolve_references()
         config.model.dtype = "float16"
     job = open_dry(config, rows.length, platform(where.chip) if where else "tpu")
-    check_length(config, job.base)
+    check_length(config.data.max_length, job.base.source_config, job.base.directory)
     check_routers(config, job.base)
     on = estimator(job, where)
     with compiling_for(job.platform):

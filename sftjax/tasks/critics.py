@@ -28,7 +28,6 @@ from sftjax.data.example import Message, RowError
 from sftjax.data.pack import assemble
 from sftjax.data.tokenizer import open_tokenizer
 from sftjax.evaluate import sequences
-from sftjax.generate.engine import max_length
 from sftjax.generate.shapes import between
 from sftjax.hf.load import load_config, resolve
 from sftjax.hf.model import Model, load
@@ -81,9 +80,9 @@ class Judge:
         self.rows = c.train.micro_batch or c.train.batch_size
         longest = max(int(part.lengths.max()) for part in (job.splits.train, job.splits.eval, job.splits.test) if len(part))
         longest += c[c.task].max_completion_length + max(map(len, self.after))
-        if longest > max_length(config):
+        if longest > config.reach:
             raise UserError(
-                f"{self.path}: takes {max_length(config)} tokens, and a prompt with its answer may have {longest}; "
+                f"{self.path}: takes {config.reach} tokens, and a prompt with its answer may have {longest}; "
                 f"use a lower --config.{c.task}.max_completion_length or --config.data.max_length"
             )
         self.length = between(longest, 32)

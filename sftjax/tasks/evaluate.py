@@ -34,7 +34,7 @@ from sftjax.evaluate.bootstrap import DRAWS, SHARE
 from sftjax.evaluate.figures import Part, by_tag, changed
 from sftjax.evaluate.loss import perplexity, row_losses
 from sftjax.evaluate.metrics import Sums, row_scores
-from sftjax.generate.engine import Engine, max_length
+from sftjax.generate.engine import Engine
 from sftjax.generate.open import ends
 from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
@@ -181,7 +181,7 @@ def evaluate_model(
         sides.insert(0, Side("base", other.module, other.params))
     template = None if config.task == "pretrain" else config.data.template
     chat = Chat(m.tokenizer, template=template, loss_on=config.data.loss_on)
-    limit = min(max_length(side.decoder.config) for side in sides)
+    limit = min(side.decoder.config.reach for side in sides)
     config.data.max_length = min(config.data.max_length, limit)
     rows = read_rows(config, chat, say)
     subject = Subject(sides, chat, ends(m.directory, chat), rows, config, sharding.make_mesh(1, 1, 1))

@@ -29,7 +29,7 @@ from sftjax.data.batch import Batch
 from sftjax.data.prompts import stream
 from sftjax.data.rows import Rows
 from sftjax.data.stream import WHOLE, eval_batches
-from sftjax.generate.engine import max_length
+from sftjax.hf.load import check_length
 from sftjax.losses import Loss
 from sftjax.models.attention import check_heads
 from sftjax.models.decoder import Output, forward
@@ -63,7 +63,7 @@ class Job:
             hosts.refuse_idle(self.mesh)
             check_batch(config, self.mesh)
             self.base = Base(config)
-            check_length(config, self.base)
+            check_length(config.data.max_length, self.base.source_config, self.base.directory)
             check_routers(config, self.base)
             check_classes(config, self.base)
             check_heads(
@@ -319,16 +319,6 @@ def fewer(mesh: Any) -> str:
 def eval_rows(config: ConfigDict) -> int:
     """Rows of an evaluation batch: as many as training takes at a time, unless the config says."""
     return config.eval.batch_size or config.train.micro_batch or config.train.batch_size
-
-
-def check_length(config: ConfigDict, base: Base) -> None:
-    """Refuses a row length beyond the model's positions, of which it has learnt nothing."""
-    limit = max_length(base.source_config)
-    if config.data.max_length > limit:
-        raise UserError(
-            f"data.max_length={config.data.max_length} is more than the {limit} positions of {base.directory}; "
-            f"use --config.data.max_length={limit}"
-        )
 
 
 def check_routers(config: ConfigDict, base: Base) -> None:

@@ -23,7 +23,6 @@ from sftjax.data.formats import to_examples
 from sftjax.data.layouts import detect
 from sftjax.data.pack import assemble, plan
 from sftjax.data.pairs import SLOTS, sides
-from sftjax.generate.engine import max_length as most_tokens
 from sftjax.hf.load import load_config
 from sftjax.hf.model import Model
 from sftjax.hf.peft import save_adapter
@@ -71,7 +70,7 @@ def batches(
     """
     if want not in ("answers", "pairs"):
         raise UserError(f"want={want}: needs answers or pairs")
-    if not 2 <= max_length <= (most := most_tokens(model.config)):
+    if not 2 <= max_length <= (most := model.config.reach):
         raise UserError(f"max_length={max_length}: needs 2 to {most}, the positions of {model.directory}")
     rows = list(rows)
     layout = detect(rows, "rows", want=want)

@@ -1,6 +1,7 @@
 """Every format becomes the same few Examples, and every row is checked: what is wrong is told by file, line and field."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,32 @@ def test_an_empty_answer_that_is_not_trained_may_stand(load):
 def test_bad_tools_are_told(load):
     assert reason(load({"messages": [Q, A], "tools": [{"x": 1}]})).startswith("tools[0]: is not a tool")
     assert reason(load({"messages": [Q, A], "tools": "["})).startswith("tools: holds text that is not JSON")
+
+
+ONE_OF_EACH = {
+    "messages": {"messages": [Q, A]},
+    "sharegpt": {"conversations": [Q, A]},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "text": {"text": "t"},
+}
+
+
+@pytest.mark.parametrize("pair", [*permutations(ONE_OF_EACH, 2)], ids="-".join)
+def test_rows_of_two_formats_in_one_file_are_told_of_the_other(load, pair):
+    alone, said = [ONE_OF_EACH[format] for format in pair], []
+    columns = dict.fromkeys(alone[0] | alone[1])
+    for rows in (alone, [columns | row for row in alone]):  # the second with the other's columns, null
+        ((n, bad),) = [(n, found) for n, found in enumerate(load(*rows, say=said.append)) if isinstance(found, Rejected)]
+        assert f"by its columns it is {pair[n]}, and the source is read as {pair[1 - n]}: give each" in bad.reason
+    assert all(f"read as {pair[1 - n]}" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "", "output": "", "text": ""}, {"instruction": "q", "output": "", "text": "t"}, {"x": 1}, [1]]
+)
+def test_a_bad_row_of_the_sources_own_format_is_told_of_no_other(load, row):
+    assert "by its columns" not in load({"instruction": "q", "output": "a", "text": "t"}, row)[1].reason
 
 
 def test_columns_of_any_name_even_inside_others(load):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import tracemalloc
 from collections import Counter
 from itertools import chain
 
@@ -250,6 +251,27 @@ def test_an_entry_outlives_a_power_cut(tmp_path, monkeypatch):
         (place / "file").touch()
         held = [path.stat().st_ino for path in (place / "file", place, tmp_path)]
     assert synced == held
+
+
+def test_a_store_holds_what_was_written_and_writing_it_little(tmp_path):
+    n, ids = 5000, np.arange(5)
+    rows = (
+        cache.Row(f"{i % 3}", 2**40 + i, 2**64 - 1 - i, i, i % 2 == 0, i % 5 == 0, ids, ids % 2, [(2, 1), (3, 2)], b"{}")
+        for i in range(n)
+    )
+    tracemalloc.start()
+    cache.write(tmp_path, rows, ["0", "1", "2"])
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 140 * n  # of a row 38, of its two parts 12 each, of its offsets 24, and what growing takes
+    store, i = cache.Store(tmp_path, ["a", "b", "c"]), np.arange(n)
+    assert len(store) == n and store.where(4000) == f"b:{2**40 + 4000}"
+    facts = {"source": i % 3, "line": 2**40 + i, "key": 2**64 - 1 - i.astype(np.uint64), "prompt": i}
+    facts |= {"trained": i * 0 + 2, "terminated": i % 2 == 0, "tied": i % 5 == 0}
+    for name in cache.ROW.names:
+        np.testing.assert_array_equal(store.rows[name], facts[name])
+    assert all(store.part(k).tolist() == [(2, 1, 1), (3, 2, 1)] for k in (0, n - 1))
+    assert (store.offsets == np.arange(n + 1) * 5).all() and (store.example_offsets == np.arange(n + 1) * 2).all()
 
 
 def test_the_hash_of_tokens_is_of_what_rows_encode_to(tmp_path):

@@ -1,14 +1,19 @@
 """A preview shows every token, which of them are trained, and what became of the rows."""
 
+import json
 import re
+import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny_chat import chat, config, row, tokenizer
+from tiny_chat import chat, config, row, tokenizer, write
 
 from sftjax.config import UserError
 from sftjax.data.preview import histogram, preview, row_text
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 
 
 def shown(example_config, model, rows=2, **console):
@@ -48,6 +53,26 @@ def test_a_bad_row_stops_a_preview_as_it_stops_training(tmp_path, model):
         shown(config(tmp_path, [row(0), {"instruction": "q", "output": ""}]), model)
     with pytest.raises(UserError, match=r"model\.path is empty"):
         shown(config(tmp_path, [row(0)]), "")
+
+
+def test_rows_that_the_model_is_too_short_for_are_refused_as_training_refuses_them(tmp_path, model):
+    shutil.copytree(model, other := tmp_path / "other")
+    given = config(tmp_path, [row(i) for i in range(9)], max_length=200)
+    for positions, refused in ((199, True), (200, False)):
+        raw = {"model_type": "llama", "max_position_embeddings": positions} | dict.fromkeys(SIZES, 8)
+        (other / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(UserError, match="max_length=200 is more than the 199 positions of") if refused else nullcontext():
+            shown(given, other)
+    (other / "config.json").write_text('{"model_type": "gpt2", "n_positions": 8}')  # whose rows can be seen, if not trained on
+    assert "train.jsonl:1" in shown(given, other)
+
+
+@pytest.mark.parametrize("sizes, first", [((9, 9), [0, 9, 1, 10]), ((1, 9, 1), [0, 1, 10, 2]), ((2,), [0, 1])])
+def test_every_source_is_shown_before_any_is_shown_again(tmp_path, model, sizes, first):
+    numbers = iter(range(99))
+    paths = [write(tmp_path / f"{name}.jsonl", [row(next(numbers)) for _ in range(n)]) for name, n in zip("abc", sizes)]
+    text = shown(config(tmp_path, train=paths, split=(1, 0, 0)), model, rows=4)
+    assert [int(n) for n in re.findall(r"Question (\d+)", text.replace("|", ""))] == first
 
 
 def test_characters_of_several_tokens_are_whole_and_weights_are_told():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+import tracemalloc
 
 import pytest
 
@@ -203,6 +204,18 @@ def test_a_line_of_20_mb_is_a_row_like_any_other(file, name, head, tail):
     (_, long), (_, short) = rows(path)
     assert (len(long["text"]), short["text"]) == (20_000_000, "b")
     assert time.perf_counter() - start < 10  # seconds where it is linear, hours where it is not
+
+
+@pytest.mark.parametrize(("join", "most"), [("\n", 0.1), (",\n", 1.1)], ids=["lines stream", "a document is held once, as text"])
+def test_what_reading_a_json_file_holds(file, join, most):
+    rows = join.join([JA, json.dumps({"text": "x" * 10_000})] * 400)
+    path = file("a.json", rows if join == "\n" else f"[{rows}]")
+    tracemalloc.start()
+    held = 0
+    for _ in read(path):
+        held = max(held, tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held < most * len(rows)
 
 
 def test_a_directory_is_read_sorted_and_in_depth(file, tmp_path):

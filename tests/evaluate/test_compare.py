@@ -3,17 +3,19 @@
 import gc
 import json
 import shutil
+import time
 
 import jax
 import pytest
 from fake_server import failing, said, serving
+from safetensors.numpy import load_file, save_file
 
 from sftjax.cli import main
 from sftjax.config import UserError
 from sftjax.data.example import Message
 from sftjax.evaluate import contenders, endpoint
 from sftjax.evaluate.compare import run_compare
-from sftjax.evaluate.contenders import Contender, Local, Options, Remote, parse
+from sftjax.evaluate.contenders import Contender, Local, Options, Remote, hash_folder, parse
 from sftjax.evaluate.prompts import Ask
 from sftjax.generate.open import open_engine
 
@@ -249,21 +251,37 @@ def test_a_model_is_known_by_what_it_is(toy, tmp_path):
     assert Local(Contender("m", path=str(one)), "int8", 8).identity != a
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer_config.json"])
-def test_every_byte_makes_another_model(toy, tmp_path, name):
-    base = tmp_path / "base"
-    shutil.copytree(toy.base, base)
-    file = base / name
-    if name.endswith(".safetensors"):
-        file.write_bytes(file.read_bytes() + bytes(3 * 2**20))  # neither its first nor its last MiB will tell
-    before = Local(Contender("m", path=str(base)), None, 8).identity
-    raw = bytearray(file.read_bytes() if file.exists() else b"{} ")
-    if name.endswith(".safetensors"):
-        raw[-3 * 2**19] ^= 1
-    else:
-        raw += b"\n"
-    file.write_bytes(raw)
-    assert Local(Contender("m", path=str(base)), None, 8).identity != before
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"]
+)
+def test_every_file_that_answers_depend_on_makes_another_model(toy, tmp_path, name):
+    shutil.copytree(toy.base, base := tmp_path / "base")
+    (base / name).parent.mkdir(exist_ok=True)
+    before = hash_folder(base)
+    (base / name).write_text(((base / name).read_text() if (base / name).exists() else "{}") + "\n")
+    assert hash_folder(base) != before
+
+
+def test_every_tensor_makes_another_model(toy, tmp_path):
+    shutil.copytree(toy.base, base := tmp_path / "base")
+    seen, file = {hash_folder(base)}, base / "model.safetensors"
+    held = load_file(file)
+    for name, tensor in held.items():
+        save_file(held | {name: tensor + 1}, file)
+        seen.add(hash_folder(base))
+    assert len(seen) == len(held) + 1
+
+
+def test_of_weights_only_samples_are_read(tmp_path):
+    """Else each comparison of models of 70 B would begin with reading 140 GB, here of a hole."""
+    size = 2**34
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(file.tell() + size)
+    began = time.perf_counter()
+    hash_folder(tmp_path)
+    assert time.perf_counter() - began < 5
 
 
 def test_an_answer_is_shown_without_what_a_terminal_obeys(world, capsys):

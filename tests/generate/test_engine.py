@@ -16,7 +16,7 @@ from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.generate import flight as module
 from sftjax.generate import passes
-from sftjax.generate.engine import Engine, max_length
+from sftjax.generate.engine import Engine
 from sftjax.generate.sampling import choose
 from sftjax.hf.model import load
 from sftjax.models.config import Clamp, Experts, Rope
@@ -65,7 +65,7 @@ def test_dynamic_rope_within_its_trained_length():
     c = tiny.config(max_positions=128, rope=Rope(kind="dynamic", factor=2))
     params = tiny.params(c)
     assert_greedy(Decoder(c), params, PROMPTS, Engine(Decoder(c), params).generate(PROMPTS, max_new_tokens=10))
-    assert max_length(c) == 256
+    assert c.reach == 256
 
 
 LONGROPE = Rope(

@@ -11,6 +11,7 @@ import pytest
 
 from sftjax import tree
 from sftjax.config import UserError
+from sftjax.data.tokenizer import open_tokenizer
 from sftjax.hf import save as save_module
 from sftjax.hf.load import load_config, load_params, read_json, resize_embeddings
 from sftjax.hf.save import save
@@ -146,6 +147,27 @@ def test_the_tokenizer_goes_along_with_the_template_in_force(checkpoint, tmp_pat
     assert again.convert_tokens_to_ids("<|im_start|>") == 2 and again.chat_template == "old"
     old, new = (read_json(d / "tokenizer_config.json")["tokenizer_class"] for d in (source, tmp_path / "added"))
     assert old == new
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["in tokenizer_config.json", "in files"])
+@pytest.mark.parametrize("grown", [True, False])
+@pytest.mark.parametrize("force", ["old", "new"])
+def test_several_templates_stay_unless_another_is_in_force(checkpoint, edit_json, tmp_path, legacy, grown, force):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source, several = checkpoint("llama"), {"default": "old", "tool_use": "tools"}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    made.chat_template = None if legacy else several
+    made.save_pretrained(source)
+    if legacy:
+        held = [{"name": name, "template": text} for name, text in several.items()]
+        edit_json(source / "tokenizer_config.json", chat_template=held)
+    made.chat_template = several if force == "old" else force  # as data.chat.prepare leaves it
+    save(*load(source), source=source, out=tmp_path / "out", tokenizer=made if grown else None, template=force)
+    expected = several if force == "old" else force
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == expected
+    assert open_tokenizer("anywhere", tmp_path / "out").chat_template == expected  # as what lies with an adapter
 
 
 def test_only_our_own_exports_are_replaced(checkpoint, tmp_path):

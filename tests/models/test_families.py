@@ -5,10 +5,10 @@ import random
 from dataclasses import replace
 
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING
 
 from sftjax.config import UserError
-from sftjax.generate.engine import max_length
 from sftjax.models.config import Clamp, DecoderConfig, Experts, Rope
 from sftjax.models.families import FAMILIES, config_from_hf
 from sftjax.models.families.common import ACTIVATIONS
@@ -203,8 +203,60 @@ def test_the_spelling_of_transformers_4_is_read_as_transformers_5_reads_it(famil
     assert spelled_out(config_from_hf(given)) == meant(family, theirs)
 
 
-def test_the_positions_of_gemma_3_are_those_that_its_factor_has_reached():
-    assert max_length(config_from_hf(raw("gemma3_text", max_position_embeddings=131_072, rope_scaling=LINEAR))) == 131_072
+REACH = [  # of the hub's own configs, and as their cards say that they are extended
+    ("Llama-3.2", "llama", 131_072, {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}, 131_072),
+    ("Llama-3.1", "llama", 131_072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131_072),
+    ("gemma-3-4b", "gemma3_text", 131_072, LINEAR, 131_072),
+    ("gpt-oss-20b", "gpt_oss", 131_072, {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131_072),
+    ("Qwen3-8B", "qwen3", 40_960, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+    ("Qwen2.5-7B", "qwen2", 32_768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+    ("vicuna-7b-v1.5-16k", "llama", 4096, {"type": "linear", "factor": 4.0}, 16_384),
+    ("a Llama 2 by dynamic NTK", "llama", 4096, {"type": "dynamic", "factor": 2.0}, 8192),
+    ("Qwen3-8B as it comes", "qwen3", 40_960, None, 40_960),
+]
+
+
+@pytest.mark.parametrize("name, family, positions, scaling, reach", REACH, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_model_reaches_as_far_as_it_says(name, family, positions, scaling, reach):
+    if scaling and scaling.get("rope_type") == "llama3":
+        scaling = scaling | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert config_from_hf(raw(family, max_position_embeddings=positions, rope_scaling=scaling)).reach == reach
+
+
+# where transformers reads a null as something; any other it refuses, or reads as if the key were absent
+SAY_SOMETHING = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
+MORE = ("initializer_range", "rope_theta", "rope_parameters", "layer_types", "no_rope_layers", "attention_dropout")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_null_is_as_good_as_absent(family):
+    default = CONFIG_MAPPING[family]()
+    for key in {*DRAWN, *MORE} - {*SAY_SOMETHING, "vocab_size", "num_hidden_layers"}:
+        if hasattr(default, key):
+            absent = {name: value for name, value in raw(family).items() if name != key}
+            assert config_from_hf(absent | {key: None}) == config_from_hf(absent), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_null_that_says_something_is_read_as_transformers_reads_it(family):
+    default = CONFIG_MAPPING[family]()
+    for key in (key for key in SAY_SOMETHING if hasattr(default, key)):
+        given = raw(family) | {key: None}
+        try:
+            theirs = CONFIG_MAPPING[family](**given, **TOKENS)
+        except StrictDataclassFieldValidationError:
+            continue
+        if key == "sliding_window" and "sliding_attention" in (getattr(theirs, "layer_types", None) or ()):
+            continue  # a window of no width, which REFUSED has
+        if theirs.num_key_value_heads:  # else transformers makes no model of it
+            assert spelled_out(config_from_hf(given)) == meant(family, theirs), key
+
+
+def test_dropout_of_a_checkpoint_changes_nothing():
+    """Granite 3 says 0.1."""
+    for family in FAMILIES:
+        dropout = {"attention_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+        assert config_from_hf(raw(family) | dropout) == config_from_hf(raw(family))
 
 
 ROPES = [
@@ -260,6 +312,7 @@ def test_longrope_by_all_its_names(name):
     own = {"original_max_position_embeddings": 32, "max_position_embeddings": 128}
     rope = config_from_hf(raw("phi3", rope_scaling=LONG | {"type": name}, **own)).rope
     assert (rope.kind, rope.factor, rope.original_max_positions) == ("longrope", 4.0, 32)
+    assert config_from_hf(raw("phi3", rope_scaling=LONG | {"type": name}, **own)).reach == 128
     assert rope.attention_factor == pytest.approx(1.4**0.5) and rope.short_factor[5] == 1.5 and rope.long_factor[5] == 6.0
     part = raw("phi3", rope_parameters=LONG | {"partial_rotary_factor": 0.5, "short_factor": [1, 1, 1], "long_factor": [1, 2, 3]})
     assert config_from_hf(part).rope.partial == 0.5
@@ -275,10 +328,11 @@ REFUSED = [
     ({"architectures": ["LlamaForTokenClassification"]}, "needs LlamaForCausalLM or LlamaForSequenceClassification"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
-    ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ({"head_dim": 7}, "head_dim=7"),
     ({"head_dim": "8"}, "head_dim='8'"),
     ({"hidden_size": None}, "hidden_size is missing"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not a positive number"),
+    ({"model_type": "qwen2", "max_window_layers": -1}, "max_window_layers=-1 is not a whole number, at least 0"),
     ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
     ({"attention_bias": "yes"}, "attention_bias='yes'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -297,7 +351,6 @@ REFUSED = [
     ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "layer_types has 1 entries"),
     ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 3}, "linear_attention"),
     ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
-    ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop=0.1"),
     ({"model_type": "phi3", "lm_head_bias": True}, "lm_head_bias"),
     (
         {"model_type": "phi3", "rope_scaling": LONG | {"short_factor": [1.0]}},

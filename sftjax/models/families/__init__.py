@@ -28,6 +28,8 @@ from sftjax.models.families.common import Family, Name, labels
 
 __all__ = ["FAMILIES", "Family", "Name", "config_from_hf", "config_to_hf", "family_of"]
 
+# where a null says something: no window, no cap, as many as heads
+NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
@@ -67,6 +69,7 @@ def family_of(raw: dict[str, Any]) -> Family:
 def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     """A config.json as a DecoderConfig. Raises UserError that names the key at fault."""
     family = family_of(raw)
+    raw = {key: value for key, value in raw.items() if value is not None or key in NULLS}  # any other is as good as absent
     config = family.config_from_hf(raw)
     if raw.get("architectures") in (None, [], [family.architecture]):
         return config

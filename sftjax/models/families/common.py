@@ -1,6 +1,7 @@
 """What the families share: how a config.json is read without guessing, and the table of Hugging Face tensor names.
 
-A key that changes the computation is either read or refused by name; nothing is half-read.
+A key that changes the computation is either read or refused by name; nothing is half-read. Dropout (attention_dropout: Granite
+says 0.1) is how the checkpoint was trained and changes nothing that it computes: it is passed over, and not applied in training.
 """
 
 from __future__ import annotations
@@ -128,8 +129,6 @@ def base(
     activation = raw.get(act) or "silu"
     if activation not in ACTIVATIONS:
         raise UserError(f"{act}={activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    if raw.get("attention_dropout"):
-        raise UserError(f"attention_dropout={raw['attention_dropout']} is not supported; set it to 0.0")
     positions = size(raw, "max_position_embeddings", max_positions)
     turning = rope(raw, positions, head_dim)
     if turning.partial != 1.0 and not partial:
@@ -145,9 +144,9 @@ def base(
         max_positions=positions,
         tied=flag(raw, "tie_word_embeddings"),
         rope=turning,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=positive(raw, "rms_norm_eps", 1e-6),
         activation=ACTIVATIONS[activation],
-        init_std=float(raw.get("initializer_range", 0.02)),
+        init_std=positive(raw, "initializer_range", 0.02),
     )
 
 
@@ -184,7 +183,7 @@ def labels(raw: dict[str, Any]) -> tuple[str, ...]:
 def layer_windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
     """Qwen's windows: those layers that `layer_types` names, else those from `max_window_layers` on."""
     width = window(raw) if flag(raw, "use_sliding_window") else None
-    first = int(raw.get("max_window_layers", 28))
+    first = size(raw, "max_window_layers", 28, least=0)
     kinds = [SLIDING if width and i >= first else FULL for i in range(size(raw, "num_hidden_layers"))]
     return windows(layer_types(raw, kinds), width, "use_sliding_window and sliding_window do")
 
@@ -194,15 +193,15 @@ def window(raw: dict[str, Any]) -> int | None:
     return None if raw.get("sliding_window", 0) is None else size(raw, "sliding_window", 4096)
 
 
-def size(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A positive whole number; null or absent is the default, and without a default a mistake."""
+def size(raw: dict[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    """A whole number, of `least` or more; null or absent is the default, and without a default a mistake."""
     value = raw.get(key)
     if value is None and default is not None:
         return default
     if value is None:
         raise UserError(f"{key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value!r} is not a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}={value!r} is not a {'positive whole number' if least else 'whole number, at least 0'}")
     return value
 
 

@@ -13,7 +13,7 @@ FORMER = ("su", "yarn")
 
 
 def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
-    refuse(raw, "attention_bias", "mlp_bias", "lm_head_bias", "resid_pdrop", "embd_pdrop")
+    refuse(raw, "attention_bias", "mlp_bias", "lm_head_bias")
     raw = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096} | raw
     for where in ("rope_scaling", "rope_parameters"):
         given = raw.get(where) or {}

@@ -19,7 +19,7 @@ def config_from_hf(raw: dict[str, Any]) -> DecoderConfig:
     config = base(raw, max_positions=32_768, kv_heads=16)
     mixture = replace(experts(raw, number=60, active_of=4, width=1408), shared=size(raw, "shared_expert_intermediate_size", 5632))
     width = window(raw) if flag(raw, "use_sliding_window") else None
-    first = int(raw.get("max_window_layers", 28))
+    first = size(raw, "max_window_layers", 28, least=0)
     kinds = [SLIDING if width and i < first and i % 2 == 0 else FULL for i in range(config.layers)]
     every = windows(layer_types(raw, kinds), width, "use_sliding_window and sliding_window do")
     return replace(config, qkv_bias=flag({"qkv_bias": True} | raw, "qkv_bias"), windows=every, experts=mixture)
