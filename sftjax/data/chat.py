@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,13 +54,19 @@ class Chat:
         self.eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.turns = Turns(self.render_spans, special, tokenizer.eos_token) if self.templates else None
-        closers = [self.tokenise(c)[0] for c in self.turns.closers] if self.turns else []
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([c[0] for c in closers if len(c) == 1] + self.eos_ids))
+        closers = self.turns.closers if self.turns else ()
+        self.closer_ids = self.single(closers)
+        self.stop_ids = self.single(c for c in closers if self.turns and c == self.turns.last_closer)
 
     @property
     def template(self) -> str | None:
         """The template's text; None for a tokenizer that has none."""
         return self.templates.get("default")
+
+    def single(self, texts: Iterable[str]) -> tuple[int, ...]:
+        """Those of `texts` that are one token, and the end of text."""
+        ids = [self.tokenise(text)[0] for text in texts]
+        return tuple(dict.fromkeys([one[0] for one in ids if len(one) == 1] + self.eos_ids))
 
     def encode(self, example: Example) -> Encoded:
         """The row's ids and weights. Raises RowError."""
@@ -144,12 +150,12 @@ class Chat:
             return f"{example.source}:{example.line}: no token of this row is trained"
         last = ""
         for token in encoded.ids[trained][::-1].tolist():
-            if token in self.stop_ids:
+            if token in self.closer_ids:
                 return None
             last = self.tokenizer.decode([token])
             if last.strip():  # white space after the terminator does no harm
                 break
-        ends = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))) or "this tokenizer has none"
+        ends = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.closer_ids))) or "this tokenizer has none"
         return (
             f"{example.source}:{example.line}: the last trained token is {last!r}, not one that ends a turn ({ends}), "
             "so the model would not learn to stop here"

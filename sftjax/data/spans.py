@@ -149,7 +149,10 @@ class Turns:
         self.render = render
         self.special = alternatives(special)
         self.prompts: dict[tuple[str, str, bool], tuple[int | None, int]] = {}
-        self.closers = tuple(dict.fromkeys([*self.probe(), *([eos] if eos else [])]))
+        closers = self.probe()
+        # GPT-OSS ends an answer with <|return|> and what goes on with <|end|>: a thought before it, or a turn before another
+        self.last_closer = closers[-1] if closers else None
+        self.closers = tuple(dict.fromkeys([*closers, *([eos] if eos else [])]))
         self.closer = alternatives(self.closers)
 
     def probe(self) -> list[str]:

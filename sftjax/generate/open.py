@@ -36,7 +36,8 @@ def engine_of(m: Model) -> tuple[Engine, Chat]:
 
 
 def ends(directory: Path, chat: Chat) -> tuple[int, ...]:
-    """The tokens that end an answer; generation_config.json is where some families name more of them than the tokenizer does."""
+    """The tokens that end an answer: in training, evaluation and talk alike. generation_config.json is where some families name
+    more of them than the tokenizer does."""
     file = directory / "generation_config.json"
     eos = read_json(file).get("eos_token_id") if file.is_file() else None
-    return (*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist())
+    return tuple(dict.fromkeys([*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist()]))

@@ -72,7 +72,7 @@ class Answers:
     def answer(self, params: Any, questions: list[heldout.Question]) -> list[heldout.Answer]:
         job = self.job
         with jax.set_mesh(job.mesh):
-            engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(params), stop_ids=job.chat.stop_ids)
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(params), stop_ids=job.stop_ids)
             longest = job.config.eval.max_new_tokens
             return heldout.answers(engine, questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
 
@@ -81,7 +81,7 @@ class Answers:
         asked = [(q.ids, q.expected) for q in self.questions]
         hashes = self.job.manifest["hashes"]
         c = self.job.config
-        decides = [asked, hashes["base"], hashes["adapter"], self.job.chat.stop_ids, c.eval.max_new_tokens]
+        decides = [asked, hashes["base"], hashes["adapter"], self.job.stop_ids, c.eval.max_new_tokens]
         decides += [c.model.quantize, str(self.job.decoder.dtype)]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 

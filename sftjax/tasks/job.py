@@ -30,6 +30,7 @@ from sftjax.data.prompts import stream
 from sftjax.data.rows import Rows
 from sftjax.data.stream import WHOLE, eval_batches
 from sftjax.generate.engine import max_length
+from sftjax.generate.open import ends
 from sftjax.losses import Loss
 from sftjax.models.decoder import Output, forward
 from sftjax.tasks.base import Base
@@ -65,6 +66,7 @@ class Job:
             check_length(config, self.base)
             check_routers(config, self.base)
             self.chat = self.base.chat
+            self.stop_ids = ends(self.base.directory, self.chat)
             self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
         hosts.refuse_unshared(self.run.workdir)
         self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))

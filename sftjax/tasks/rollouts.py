@@ -64,7 +64,7 @@ class Actor:
         if "lower" in policy:  # in one dtype, or their one stack would take the wider of the two
             policy = uncut(kinds.cast(policy, job.decoder.dtype))
         with jax.set_mesh(job.mesh):
-            engine = Engine(dataclasses.replace(job.decoder, lower=0), policy, stop_ids=job.chat.stop_ids, share=True)
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), policy, stop_ids=job.stop_ids, share=True)
             made = engine.generate(
                 [questions[i].ids for i in numbers],
                 max_new_tokens=self.longest,
