@@ -20,13 +20,16 @@ import numpy as np
 
 from sftjax.config import UserError
 from sftjax.data.example import Example, Message, RowError
-from sftjax.data.spans import Span, Turns
+from sftjax.data.spans import Span, Turns, alternatives, last_tag
 
 # The special tokens of the built-in templates, which a base model has to be given
 BUILT_IN = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
+# End thoughts that templates have no word of, as they leave them to the model or to who calls: Mistral's, Gemma's, Cohere's
+THOUGHTS = ("</think>", "[/THINK]", "<channel|>", "<|END_THINKING|>")
+AFTER_THOUGHT = re.compile(rf"(?:{alternatives(THOUGHTS).pattern})\s*")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -54,9 +57,14 @@ class Chat:
         self.eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.turns = Turns(self.render_spans, special, tokenizer.eos_token) if self.templates else None
+        self.special = alternatives(special)
         closers = self.turns.closers if self.turns else ()
         self.closer_ids = self.single(closers)
         self.stop_ids = self.single(c for c in closers if self.turns and c == self.turns.last_closer)
+        heads, after = (self.turns.heads, self.turns.after_thought) if self.turns else ([], "")
+        ends = {*THOUGHTS, *map(last_tag, heads), last_tag(after) or after.strip()} - {""}
+        self.thought = re.compile(rf"(?:{alternatives(ends).pattern})\s*")
+        self.heads = tuple(head for head in heads if head and not last_tag(head))
 
     @property
     def template(self) -> str | None:
@@ -67,6 +75,21 @@ class Chat:
         """Those of `texts` that are one token, and the end of text."""
         ids = [self.tokenise(text)[0] for text in texts]
         return tuple(dict.fromkeys([one[0] for one in ids if len(one) == 1] + self.eos_ids))
+
+    def said(self, text: str, ids: Sequence[int] | None = None) -> str:
+        """What an answer says, without its thought and what else the template writes at an answer's head, which a tuned model
+        writes too. A thought that never ends is all there is.
+
+        `text` is what was generated as `ids`, whose special tokens it does not show; None of what a row says.
+        """
+        if ids is None:
+            return self.thought.split(text)[-1]
+        raw = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not self.thought.search(raw):
+            return text.removeprefix(next((head for head in self.heads if text.startswith(head)), ""))
+        rest = self.special.sub("", self.thought.split(raw)[-1])
+        at = text.rfind(rest)  # the text may go on, up to a stop string in the midst of a token
+        return text[at:] if at >= 0 else rest
 
     def encode(self, example: Example) -> Encoded:
         """The row's ids and weights. Raises RowError."""
@@ -209,6 +232,11 @@ class Chat:
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         return out["input_ids"], out["offset_mapping"]
+
+
+def without_thought(text: str) -> str:
+    """What an answer of any model says, as Chat.said has it of one whose template is known."""
+    return AFTER_THOUGHT.split(text)[-1]
 
 
 def as_dict(message: Message | dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Answers:
         with jax.set_mesh(job.mesh):
             engine = Engine(dataclasses.replace(job.decoder, lower=0), uncut(params), stop_ids=job.stop_ids)
             longest = job.config.eval.max_new_tokens
-            return heldout.answers(engine, questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
+            return heldout.answers(engine, questions, chat=job.chat, max_new_tokens=longest)
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the answers before training."""
@@ -82,7 +82,7 @@ class Answers:
         hashes = self.job.manifest["hashes"]
         c = self.job.config
         decides = [asked, hashes["base"], hashes["adapter"], self.job.stop_ids, c.eval.max_new_tokens]
-        decides += [c.model.quantize, str(self.job.decoder.dtype)]
+        decides += [c.model.quantize, str(self.job.decoder.dtype), self.job.chat.thought.pattern]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def say(self, when: str, answers: list[heldout.Answer]) -> None:

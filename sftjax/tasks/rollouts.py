@@ -74,7 +74,7 @@ class Actor:
             )
         ends = [[] if g.stop_id is None else [g.stop_id] for g in made]
         return [
-            Answered(questions[i], asked[i].columns or {}, [*g.ids, *end], g.stopped, g.text)
+            Answered(questions[i], asked[i].columns or {}, [*g.ids, *end], g.stopped, g.text, job.chat.said(g.text, g.ids))
             for i, g, end in zip(numbers, made, ends)
         ]
 
@@ -99,7 +99,7 @@ class Actor:
         if part == "eval":
             self.now = [
                 {"prompt": a.question.prompt, "expected": a.question.expected or ""}
-                | {"text": a.text, "stopped": a.stopped, "reward": float(x)}
+                | {"text": a.said, "stopped": a.stopped, "reward": float(x)}
                 for a, x in zip(answers[:SHOWN], earned)
             ]
             if self.begins:
