@@ -8,6 +8,7 @@ message that counts has its characters found in that rendering (data/spans.py) a
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -30,6 +31,7 @@ BUILT_IN = {
 # End thoughts that templates have no word of, as they leave them to the model or to who calls: Mistral's, Gemma's, Cohere's
 THOUGHTS = ("</think>", "[/THINK]", "<channel|>", "<|END_THINKING|>")
 AFTER_THOUGHT = re.compile(rf"(?:{alternatives(THOUGHTS).pattern})\s*")
+DAY = datetime.date(2024, 7, 26)  # which Llama 3's templates name where there is no clock
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -45,11 +47,14 @@ class Chat:
 
     loss_on  answers: every assistant turn; last_answer: the last one; all: every token, the prompt's too.
              A message's own `loss` overrides it for that message's turn.
+    day      what a template takes for today: rows are of one day, or they would be others tomorrow, and no run could be resumed
+             or evaluated then. None is the day itself, for talk.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str | None = None, loss_on: str = "answers"):
+    def __init__(self, tokenizer: Any, *, template: str | None = None, loss_on: str = "answers", day: datetime.date | None = DAY):
         self.tokenizer = tokenizer
         self.loss_on = loss_on
+        self.day = day
         self.templates = named_templates(tokenizer.chat_template if template is None else read_template(template))
         self.known_roles = {"user", "assistant"}
         self.special_tokens = dict(tokenizer.special_tokens_map)
@@ -208,13 +213,14 @@ class Chat:
         if template is None:
             raise RowError("messages", "this tokenizer has no chat template; choose one, e.g. --config.data.template=chatml")
         marked = GENERATION.search(template) is not None
+        clock = stopped(self.day) if self.day and "strftime_now" in template else ""
         failure: Exception | None = None
         for variant in contents(messages):
             try:
                 rendered: Any = render_jinja_template(
                     conversations=[variant],
                     tools=list(tools) if tools else None,
-                    chat_template=template,
+                    chat_template=clock + template,
                     return_assistant_tokens_mask=marked,
                     add_generation_prompt=generate,
                     **{**self.special_tokens, **variables},
@@ -232,6 +238,12 @@ class Chat:
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         return out["input_ids"], out["offset_mapping"]
+
+
+def stopped(day: datetime.date) -> str:
+    """Before a template: its clock, which is transformers' and takes no other, stands at this day."""
+    said = "".join(f"|replace('%{d}', '{day.strftime('%' + d)}')" for d in (*"aAbBcdHIjmMpSUwWxXyY", "-d", "-m"))
+    return "{% macro strftime_now(format) %}{{ format" + said + " }}{% endmacro %}\n"  # of which the newline is the tag's
 
 
 def without_thought(text: str) -> str:

@@ -31,7 +31,7 @@ def open_model(model: str, adapter: str | None = None, quantize: str | None = No
 
 
 def engine_of(m: Model) -> tuple[Engine, Chat]:
-    chat = Chat(m.tokenizer)
+    chat = Chat(m.tokenizer, day=None)
     return Engine(m.module, m.params, stop_ids=ends(m.directory, chat)), chat
 
 

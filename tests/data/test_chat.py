@@ -3,6 +3,8 @@
 import json
 import pickle
 from dataclasses import replace
+from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftjax.config import UserError
-from sftjax.data.chat import Chat, covered, load_tokenizer, prepare, without_thought
+from sftjax.data.chat import DAY, Chat, covered, load_tokenizer, prepare, without_thought
 from sftjax.data.example import Example, Message, RowError
 from sftjax.data.spans import TAG
 
@@ -415,6 +417,18 @@ def test_released_templates_train_the_answers(shared, real):
             closed += bool(after.strip())
     assert closed > 90  # of 100 turns; some templates close none, or not the last one
     assert len(files) == 55 and refused == REFUSING
+
+
+def test_a_stopped_clock_is_right_on_its_day(shared, real, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: datetime(DAY.year, DAY.month, DAY.day))
+    )
+    texts = [file.read_text() for file in (shared / "data/chat_templates/llama_cpp").glob("*.jinja")]
+    dated = [text for text in texts if "strftime_now" in text] + ["\n  {% if 1 %}{{ strftime_now('%A, %-d. %B %y') }}{% endif %}"]
+    assert len(dated) == 6
+    for template in dated:
+        now, then = (Chat(real("minimind"), template=template, day=day).render([Message(*QA[0])]) for day in (None, DAY))
+        assert now == then and str(DAY.day) in now
 
 
 def with_tokens(real, template):
