@@ -65,7 +65,8 @@ def run_generate(
     beside = resolve(adapter, needs="adapter_config.json") if adapter else None
     weights = [hash_weights(folder) for folder in (opened.directory, beside) if folder]
     asked = [(q.ids, line(chat, q, Generated([], False))) for q in questions]
-    decides = [weights, quantize, str(engine.model.dtype), sorted(engine.stop_ids), options, asked]
+    how = {name: value for name, value in options.items() if name != "batch_size"}  # with whom a row goes on is nothing to it
+    decides = [weights, quantize, str(engine.model.dtype), sorted(engine.stop_ids), how, asked]
     of = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     bars = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

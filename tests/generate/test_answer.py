@@ -90,7 +90,7 @@ def test_killed_and_run_again_is_uninterrupted(toy, tmp_path, monkeypatch, capsy
     with (tmp_path / rest[0]).open("ab") as file:
         file.write(b'{"row": 70, "li')  # as a kill leaves it
     monkeypatch.setattr(Engine, "each", counted)
-    run_generate(str(toy.base), out=str(out), **options)
+    run_generate(str(toy.base), out=str(out), **options | {"batch_size": 3})
     assert out.read_bytes() == whole.read_bytes() and len(asked) == 72 - at
     assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "answers.jsonl"}
 
