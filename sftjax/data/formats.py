@@ -146,7 +146,7 @@ def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str,
         raise RowError("", f"the row is {named(row)}, must be an object with named fields")
     refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")
     held = Row(row, layout.columns)
-    tags = tags_of(held)
+    tags = tags_of(held, layout.tagged)
     if build := preferences.BUILD.get(layout.format):
         return [Example(source, line, tags=tags, **fields) for fields in build(held, wishes)]
     columns = {name: value for name, value in row.items() if name not in asking(layout)} if wishes.asks else None
@@ -158,11 +158,13 @@ def asking(layout: Layout) -> set[str]:
     return {own for name, own in layout.columns.items() if name in ASKING and own != "tags"}
 
 
-def tags_of(row: Row) -> tuple[str, ...]:
-    """The row's tags, "a" or ["a/b", "c"], each once."""
+def tags_of(row: Row, told: bool) -> tuple[str, ...]:
+    """The row's tags, "a" or ["a/b", "c"], each once. What is none is refused where one was `told` that it holds them."""
     held = row.get("tags")
     found = [held] if isinstance(held, str) else [] if held is None else held
     if not isinstance(found, (list, tuple)) or not all(isinstance(tag, str) for tag in found):
+        if not told:
+            return ()
         raise RowError(row.name("tags"), f"is {named(held)}, must be a text or a list of texts")
     return tuple(dict.fromkeys(stripped for tag in found if (stripped := tag.strip())))
 
