@@ -15,7 +15,7 @@ from sftjax.config import UserError
 from sftjax.data import preferences
 from sftjax.data.conversation import check_answered, named, refuse_media
 from sftjax.data.example import Example, Message, RowError
-from sftjax.data.fields import Row, Wishes, asked, dialogue
+from sftjax.data.fields import Row, Wishes, asked, dialogue, refuse_beside_raw_text
 from sftjax.data.layouts import Layout, detect
 from sftjax.data.readers import NoRows, read, resolve
 from sftjax.data.sources import Source, sources
@@ -193,6 +193,7 @@ def _prompt(row: Row, wishes: Wishes) -> dict[str, Any]:
 def _prompt_completion(row: Row, wishes: Wishes) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list):
+        refuse_beside_raw_text(row, " --config.data.columns.output=completion")
         silent = wishes.asks and not isinstance(completion, str)
         return {"completion": (row.text("prompt"), "" if silent else row.filled("completion"))}
     asked = row.turns("prompt", wishes.roles)

@@ -168,5 +168,8 @@ def test_a_base_model_continues_questions_and_refuses_conversations(toy, tmp_pat
     data.write_text(json.dumps({"prompt": "once"}) + "\n")
     run_generate(str(base), data=str(data), out=str(out), max_new_tokens=2)
     assert json.loads(out.read_text())["prompt"] == "once"
+    data.write_text(json.dumps({"prompt": "once", "system": "Be terse."}) + "\n")
+    with pytest.raises(UserError, match="system: has no place in raw text"):
+        run_generate(str(base), data=str(data), out=str(tmp_path / "other.jsonl"), max_new_tokens=2)
     with pytest.raises(UserError, match="has no chat template"):
         run_generate(str(base), data=str(toy.data), out=str(tmp_path / "other.jsonl"), max_new_tokens=2)
