@@ -8,10 +8,11 @@ message that counts has its characters found in that rendering (data/spans.py) a
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,17 @@ import numpy as np
 
 from sftjax.config import UserError
 from sftjax.data.example import Example, Message, RowError
-from sftjax.data.spans import Span, Turns
+from sftjax.data.spans import Span, Turns, alternatives, last_tag
 
 # The special tokens of the built-in templates, which a base model has to be given
 BUILT_IN = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
+# End thoughts that templates have no word of, as they leave them to the model or to who calls: Mistral's, Gemma's, Cohere's
+THOUGHTS = ("</think>", "[/THINK]", "<channel|>", "<|END_THINKING|>")
+AFTER_THOUGHT = re.compile(rf"(?:{alternatives(THOUGHTS).pattern})\s*")
+DAY = datetime.date(2024, 7, 26)  # which Llama 3's templates name where there is no clock
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -42,11 +47,14 @@ class Chat:
 
     loss_on  answers: every assistant turn; last_answer: the last one; all: every token, the prompt's too.
              A message's own `loss` overrides it for that message's turn.
+    day      what a template takes for today: rows are of one day, or they would be others tomorrow, and no run could be resumed
+             or evaluated then. None is the day itself, for talk.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str | None = None, loss_on: str = "answers"):
+    def __init__(self, tokenizer: Any, *, template: str | None = None, loss_on: str = "answers", day: datetime.date | None = DAY):
         self.tokenizer = tokenizer
         self.loss_on = loss_on
+        self.day = day
         self.templates = named_templates(tokenizer.chat_template if template is None else read_template(template))
         self.known_roles = {"user", "assistant"}
         self.special_tokens = dict(tokenizer.special_tokens_map)
@@ -54,13 +62,39 @@ class Chat:
         self.eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.turns = Turns(self.render_spans, special, tokenizer.eos_token) if self.templates else None
-        closers = [self.tokenise(c)[0] for c in self.turns.closers] if self.turns else []
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([c[0] for c in closers if len(c) == 1] + self.eos_ids))
+        self.special = alternatives(special)
+        closers = self.turns.closers if self.turns else ()
+        self.closer_ids = self.single(closers)
+        self.stop_ids = self.single(c for c in closers if self.turns and c == self.turns.last_closer)
+        heads, after = (self.turns.heads, self.turns.after_thought) if self.turns else ([], "")
+        ends = {*THOUGHTS, *map(last_tag, heads), last_tag(after) or after.strip()} - {""}
+        self.thought = re.compile(rf"(?:{alternatives(ends).pattern})\s*")
+        self.heads = tuple(head for head in heads if head and not last_tag(head))
 
     @property
     def template(self) -> str | None:
         """The template's text; None for a tokenizer that has none."""
         return self.templates.get("default")
+
+    def single(self, texts: Iterable[str]) -> tuple[int, ...]:
+        """Those of `texts` that are one token, and the end of text."""
+        ids = [self.tokenise(text)[0] for text in texts]
+        return tuple(dict.fromkeys([one[0] for one in ids if len(one) == 1] + self.eos_ids))
+
+    def said(self, text: str, ids: Sequence[int] | None = None) -> str:
+        """What an answer says, without its thought and what else the template writes at an answer's head, which a tuned model
+        writes too. A thought that never ends is all there is.
+
+        `text` is what was generated as `ids`, whose special tokens it does not show; None of what a row says.
+        """
+        if ids is None:
+            return self.thought.split(text)[-1]
+        raw = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not self.thought.search(raw):
+            return text.removeprefix(next((head for head in self.heads if text.startswith(head)), ""))
+        rest = self.special.sub("", self.thought.split(raw)[-1])
+        at = text.rfind(rest)  # the text may go on, up to a stop string in the midst of a token
+        return text[at:] if at >= 0 else rest
 
     def encode(self, example: Example) -> Encoded:
         """The row's ids and weights. Raises RowError."""
@@ -144,12 +178,12 @@ class Chat:
             return f"{example.source}:{example.line}: no token of this row is trained"
         last = ""
         for token in encoded.ids[trained][::-1].tolist():
-            if token in self.stop_ids:
+            if token in self.closer_ids:
                 return None
             last = self.tokenizer.decode([token])
             if last.strip():  # white space after the terminator does no harm
                 break
-        ends = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))) or "this tokenizer has none"
+        ends = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.closer_ids))) or "this tokenizer has none"
         return (
             f"{example.source}:{example.line}: the last trained token is {last!r}, not one that ends a turn ({ends}), "
             "so the model would not learn to stop here"
@@ -179,13 +213,14 @@ class Chat:
         if template is None:
             raise RowError("messages", "this tokenizer has no chat template; choose one, e.g. --config.data.template=chatml")
         marked = GENERATION.search(template) is not None
+        clock = stopped(self.day) if self.day and "strftime_now" in template else ""
         failure: Exception | None = None
         for variant in contents(messages):
             try:
                 rendered: Any = render_jinja_template(
                     conversations=[variant],
                     tools=list(tools) if tools else None,
-                    chat_template=template,
+                    chat_template=clock + template,
                     return_assistant_tokens_mask=marked,
                     add_generation_prompt=generate,
                     **{**self.special_tokens, **variables},
@@ -203,6 +238,17 @@ class Chat:
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
         return out["input_ids"], out["offset_mapping"]
+
+
+def stopped(day: datetime.date) -> str:
+    """Before a template: its clock, which is transformers' and takes no other, stands at this day."""
+    said = "".join(f"|replace('%{d}', '{day.strftime('%' + d)}')" for d in (*"aAbBcdHIjmMpSUwWxXyY", "-d", "-m"))
+    return "{% macro strftime_now(format) %}{{ format" + said + " }}{% endmacro %}\n"  # of which the newline is the tag's
+
+
+def without_thought(text: str) -> str:
+    """What an answer of any model says, as Chat.said has it of one whose template is known."""
+    return AFTER_THOUGHT.split(text)[-1]
 
 
 def as_dict(message: Message | dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,15 @@ def dialogue(row: Row, wishes: Wishes, messages: tuple[Message, ...], **more: An
     return {"messages": messages, "tools": tools(row.get("tools"), row.name("tools")), **more}
 
 
+def refuse_beside_raw_text(row: Row, also: str = "") -> None:
+    """Raises RowError where the row has a system prompt or tools, which only a template has a place for."""
+    given = {"system": row.maybe("system"), "tools": tools(row.get("tools"), row.name("tools"))}
+    for column, held in given.items():
+        if held:
+            mend = f"make the prompt a list of turns, or read it as one with --config.data.columns.instruction=prompt{also}"
+            raise RowError(row.name(column), f"has no place beside a prompt of raw text; {mend}")
+
+
 def asked(row: Row) -> tuple[Message, ...]:
     """Alpaca's question: the history's turns, then instruction and input as the user's."""
     question = "\n".join(part for part in (row.text("instruction"), row.maybe("input")) if part)

@@ -15,7 +15,7 @@ from sftjax.config import UserError
 from sftjax.data import preferences
 from sftjax.data.conversation import check_answered, named, refuse_media
 from sftjax.data.example import Example, Message, RowError
-from sftjax.data.fields import Row, Wishes, asked, dialogue
+from sftjax.data.fields import Row, Wishes, asked, dialogue, refuse_beside_raw_text
 from sftjax.data.layouts import Layout, detect, of_another
 from sftjax.data.readers import NoRows, read, resolve
 from sftjax.data.sources import Source, sources
@@ -146,7 +146,7 @@ def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str,
         raise RowError("", f"the row is {named(row)}, must be an object with named fields")
     refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")
     held = Row(row, layout.columns)
-    tags = tags_of(held)
+    tags = tags_of(held, layout.tagged)
     if build := preferences.BUILD.get(layout.format):
         return [Example(source, line, tags=tags, **fields) for fields in build(held, wishes)]
     columns = {name: value for name, value in row.items() if name not in asking(layout)} if wishes.asks else None
@@ -158,11 +158,13 @@ def asking(layout: Layout) -> set[str]:
     return {own for name, own in layout.columns.items() if name in ASKING and own != "tags"}
 
 
-def tags_of(row: Row) -> tuple[str, ...]:
-    """The row's tags, "a" or ["a/b", "c"], each once."""
+def tags_of(row: Row, told: bool) -> tuple[str, ...]:
+    """The row's tags, "a" or ["a/b", "c"], each once. What is none is refused where one was `told` that it holds them."""
     held = row.get("tags")
     found = [held] if isinstance(held, str) else [] if held is None else held
     if not isinstance(found, (list, tuple)) or not all(isinstance(tag, str) for tag in found):
+        if not told:
+            return ()
         raise RowError(row.name("tags"), f"is {named(held)}, must be a text or a list of texts")
     return tuple(dict.fromkeys(stripped for tag in found if (stripped := tag.strip())))
 
@@ -191,6 +193,7 @@ def _prompt(row: Row, wishes: Wishes) -> dict[str, Any]:
 def _prompt_completion(row: Row, wishes: Wishes) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list):
+        refuse_beside_raw_text(row, " --config.data.columns.output=completion")
         silent = wishes.asks and not isinstance(completion, str)
         return {"completion": (row.text("prompt"), "" if silent else row.filled("completion"))}
     asked = row.turns("prompt", wishes.roles)

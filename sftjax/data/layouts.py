@@ -15,7 +15,8 @@ and where several answers to one prompt are wanted (`want` is "pairs", "rankings
     unpaired           label: good or bad, of a completion or output, or of the last of messages
     tree               message_tree_id: Open Assistant's trees
 
-Any format may have tags beside: a text or a list of texts, by which evaluation tells kinds of rows apart.
+Any format may have tags beside: a text or a list of texts, by which evaluation tells kinds of rows apart. A column of that name
+that holds something else is another thing's.
 A column may have another name in the file: the usual ones (question/answer, ...) are known, any other is given as
 data.columns, which may also reach inside (`instances.0.output`) or count the columns of a file without a header.
 """
@@ -91,10 +92,12 @@ PREFERENCES = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"),
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the rows of one source are read: the format, and the file's name for each of its columns."""
+    """How the rows of one source are read: the format, and the file's name for each of its columns. `tagged`: the config says
+    which holds the tags."""
 
     format: str
     columns: Mapping[str, str]
+    tagged: bool = False
 
     def __str__(self) -> str:
         renamed = [f"{own} as {name}" for name, own in self.columns.items() if own != name]
@@ -122,7 +125,7 @@ def detect(
         raise UserError(f"{source}: --config.data.format={format} has no {WANTED[want]}, which this task learns from")
     for candidate in FORMATS[want] if format == "auto" else (format,):
         if found := _fit(candidate, seen, columns):
-            return Layout(candidate, found)
+            return Layout(candidate, found, "tags" in columns)
     raise UserError(_unknown(source, seen, format, columns, want))
 
 

@@ -211,6 +211,8 @@ def cache_key(source: Source, digest: str, data: ConfigDict, chat: Chat, want: s
         "templates": chat.templates,
         "tokenizer": tokenizer_text(chat.tokenizer),
     }
+    if "strftime_now" in "".join(chat.templates.values()):
+        decides["day"] = str(chat.day)
     if want == "classes":
         decides["labels"] = chat.labels  # type: ignore[attr-defined]  # of data.classes
     return sha256(json.dumps(decides, sort_keys=True))

@@ -32,6 +32,7 @@ PROBE_TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
 }
+TURNS = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}] * 2
 MARKED_PARTS = 200  # at each end of a text full of tags: what lies between never decides where a turn begins or ends
 PROMPTS_KEPT = 4096  # distinct template texts between two messages: a handful, unless the template echoes the row
 
@@ -149,27 +150,45 @@ class Turns:
         self.render = render
         self.special = alternatives(special)
         self.prompts: dict[tuple[str, str, bool], tuple[int | None, int]] = {}
-        self.closers = tuple(dict.fromkeys([*self.probe(), *([eos] if eos else [])]))
+        closers, self.heads, self.after_thought = self.probe()
+        # GPT-OSS ends an answer with <|return|> and what goes on with <|end|>: a thought before it, or a turn before another
+        self.last_closer = closers[-1] if closers else None
+        self.closers = tuple(dict.fromkeys([*closers, *([eos] if eos else [])]))
         self.closer = alternatives(self.closers)
 
-    def probe(self) -> list[str]:
-        """What closes an answer before another turn and at the very end, seen on a conversation of our own."""
-        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}] * 2
+    def probe(self) -> tuple[list[str], list[str], str]:
+        """What closes an answer before another turn and at the very end, what the template writes at the head of either, and
+        what between a thought and an answer, seen on a conversation of our own."""
         for tools in (None, [PROBE_TOOL]):
             try:
-                text, _ = self.render(turns, tools)
-                places, _ = self.places(turns, tools, text, (1, 3))
+                text, _ = self.render(TURNS, tools)
+                places, _ = self.places(TURNS, tools, text, (1, 3))
                 break
             except RowError:  # some templates are for conversations with tools only
                 continue
         else:
-            return []
-        found = []
-        for i in (1, 3):
-            region = text[places[i].end : places[i].after].lstrip() if i in places else ""
+            return [], [], ""
+        closers, heads = [], []
+        for i, place in sorted(places.items()):
+            if TURNS[i]["role"] != "assistant":
+                continue
+            region = text[place.end : place.after].lstrip()
             if closer := self.special.match(region) or TAG.match(region):
-                found.append(closer.group())
-        return found
+                closers.append(closer.group())
+            written = text[place.before : place.start]
+            prompt, _ = self.prompt(TURNS, tools, i, written)
+            heads.append(written[prompt:] if prompt is not None else "")
+        return closers, heads, self.probe_thought(tools)
+
+    def probe_thought(self, tools: Any) -> str:
+        """What the template writes between a thought and the answer; "" where it writes no thoughts."""
+        thought, answer = chr(FIRST), str(TURNS[-1]["content"])
+        try:
+            text, _ = self.render([*TURNS[:-1], TURNS[-1] | dict.fromkeys(REASONING, thought)], tools)
+        except RowError:
+            return ""
+        _, _, after = text.rpartition(thought)
+        return after.partition(answer)[0] if thought in text and answer in after else ""
 
     def places(
         self, messages: list[dict[str, Any]], tools: Any, text: str, wanted: Collection[int]
@@ -266,6 +285,16 @@ class Turns:
         parts = TAG.split(written)
         shared = sum(map(len, parts[: agree(parts, TAG.split(prompt))]))
         return None, shared if shared > agree(closed, prompt) else 0
+
+
+def last_tag(head: str) -> str:
+    """What an answer begins after, of what a template writes before it: from the last tag that no words stand before.
+
+    <think>  </think>  ->  </think>        <|channel|>final<|message|>  ->  itself        all  ->  nothing
+    """
+    parts = TAG.split(head)
+    starts = [k for k in range(1, len(parts), 2) if not parts[k - 1].strip()]
+    return "".join(parts[starts[-1] :]).strip() if starts else ""
 
 
 def attribute(generated: list[Span], places: dict[int, Place]) -> Iterator[tuple[int, Span]]:

@@ -99,7 +99,8 @@ class Local:
         beside = resolve(contender.adapter, needs="adapter_config.json") if contender.adapter else None
         self.chat = Chat(open_tokenizer(base, beside, False))
         hashes = [hash_folder(folder) for folder in (base, beside) if folder]
-        self.identity = hashlib.sha256("\0".join([*hashes, str(quantize), self.chat.template or ""]).encode()).hexdigest()
+        decides = [*hashes, str(quantize), self.chat.template or "", self.chat.thought.pattern]
+        self.identity = hashlib.sha256("\0".join(decides).encode()).hexdigest()
         self.notes = [] if self.chat.template else ["has no chat template: prompts are plain text"]
 
     def ids(self, ask: Ask) -> list[int]:
@@ -133,7 +134,8 @@ class Local:
                 top_p=options.top_p,
             ):
                 i, now = fitting[at], time.perf_counter()
-                yield name, i, Reply(made.text, made.stopped, len(prompts[i]), len(made.ids), now - start)
+                text = self.chat.said(made.text, made.ids)
+                yield name, i, Reply(text, made.stopped, len(prompts[i]), len(made.ids), now - start)
                 start = time.perf_counter()
         del engine
         gc.collect()  # the next model gets its memory

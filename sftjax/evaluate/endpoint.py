@@ -21,7 +21,7 @@ from http.client import HTTPException, InvalidURL
 from typing import Any
 
 from sftjax.config import UserError
-from sftjax.data.chat import as_dict
+from sftjax.data.chat import as_dict, without_thought
 from sftjax.data.example import Message
 
 TRIES = 6
@@ -261,7 +261,7 @@ class Endpoint:
             choice, usage = held["choices"][0], held.get("usage") or {}
             text = choice["message"].get("content") or ""
             ended = choice.get("finish_reason") != "length"
-            return Reply(str(text), ended, usage.get("prompt_tokens"), usage.get("completion_tokens"), took)
+            return Reply(without_thought(str(text)), ended, usage.get("prompt_tokens"), usage.get("completion_tokens"), took)
         except (KeyError, IndexError, TypeError, AttributeError):
             raise Refusal(f"its answer has no choices: {self.clean(json.dumps(held).encode())}") from None
 

@@ -14,11 +14,12 @@ import numpy as np
 from sftjax.data.chat import Chat
 from sftjax.data.example import Example, Message, RowError, split
 from sftjax.evaluate.metrics import Sums, all_sums, exact_match, fitting, mean, total
-from sftjax.generate.engine import Engine
+from sftjax.generate.engine import Engine, Generated
 
 
 class Question(NamedTuple):
-    """What the model is given, as ids and for people to read, and what the row answers; None where it has no text."""
+    """What the model is given, as ids and for people to read, and what the row answers, but for its thought; None where it has
+    no text."""
 
     ids: list[int]
     prompt: str
@@ -31,7 +32,8 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """Plain values only: it is kept as JSON. `repeated` and `overlong` as `loops` and `too_long` say."""
+    """Plain values only: it is kept as JSON. `text` is what it says, as Chat.said has it, `raw` all the text that was made and
+    `tokens` its number of tokens. `repeated` and `overlong` as `loops` and `too_long` say."""
 
     prompt: str
     expected: str
@@ -42,13 +44,14 @@ class Answer:
     label: str | None = None
     repeated: bool = False
     overlong: bool = False
+    raw: str = ""
 
 
 def question(chat: Chat, example: Example) -> Question:
     """The row without the answer it ends with. Raises RowError where it asks nothing."""
     more: dict[str, Any] = {"label": example.label, "tags": example.tags, "where": f"{example.source}:{example.line}"}
     asked, answer = split(example)
-    ids = chat.ask(example)
+    ids, answer = chat.ask(example), answer and chat.said(answer)
     if isinstance(asked, str):
         return Question(ids, asked, answer, **more)
     return Question(ids, readable(asked), answer, asked, **more)
@@ -85,22 +88,20 @@ def questions(chat: Chat, examples: Iterable[Example]) -> Iterator[Question]:
             yield q
 
 
-def answers(
-    engine: Engine, questions: Sequence[Question], *, tokenizer: Any, max_new_tokens: int, **options: Any
-) -> list[Answer]:
+def answers(engine: Engine, questions: Sequence[Question], *, chat: Chat, max_new_tokens: int, **options: Any) -> list[Answer]:
     """The engine's answer to each of `questions`, in order.
 
     A prompt that leaves no room within the model's positions is answered by nothing. `options` as in Engine.generate.
     """
     fitting = [q.ids for q in questions if engine.fits(q.ids)]
-    made = iter(engine.generate(fitting, max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options))
+    made = iter(engine.generate(fitting, max_new_tokens=max_new_tokens, tokenizer=chat.tokenizer, **options))
     out = []
     for q in questions:
-        g = next(made) if engine.fits(q.ids) else None
-        text, ids, expected = (g.text, g.ids, q.expected or "") if g else ("", [], q.expected or "")
-        exact = exact_match(text, expected)
-        overlong = too_long(len(ids), len(tokenizer(expected, add_special_tokens=False)["input_ids"]))
-        out.append(Answer(q.prompt, expected, text, bool(g and g.stopped), exact, len(ids), q.label, loops(ids), overlong))
+        g = next(made) if engine.fits(q.ids) else Generated([], False)
+        text, expected = chat.said(g.text, g.ids), q.expected or ""
+        n = len(g.ids) if text == g.text else len(chat.tokenise(text)[0])  # a thought may be as long as it likes
+        exact, overlong = exact_match(text, expected), too_long(n, len(chat.tokenise(expected)[0]))
+        out.append(Answer(q.prompt, expected, text, g.stopped, exact, len(g.ids), q.label, loops(g.ids), overlong, g.text))
     return out
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sftjax.config import UserError
+from sftjax.data.chat import without_thought
 from sftjax.data.example import Example, Message, RowError, split
 from sftjax.data.layouts import pick
 
@@ -123,11 +124,11 @@ def asked(example: Example) -> tuple[Message, ...] | str:
 
 
 def answer_of(example: Example) -> str:
-    """The answer that the row ends with. Raises RowError where there is none to compare with."""
+    """The answer that the row ends with, but for its thought. Raises RowError where there is none to compare with."""
     answer = split(example)[1]
     if answer is None:
         raise RowError("", "has no answer to compare with; name the field that holds it with --expected=FIELD")
-    return answer
+    return without_thought(answer)
 
 
 def plain(messages: Sequence[Message]) -> str:

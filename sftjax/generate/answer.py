@@ -1,6 +1,8 @@
 """`sftjax generate`: every row of a file answered, a JSON object a line in the file's own order.
 
-{"messages": [...] | "prompt": "...", "answer": "...", "expected": "..." | null, "stopped": true}
+{"messages": [...] | "prompt": "...", "answer": "...", "expected": "..." | null, "stopped": true, "raw": "..."}
+
+`raw` is there where the model wrote more than the answer: its thought before it.
 
 Answers are kept beside the file as they come, and the same command goes on from there after a kill: each row's random numbers
 are its own, so what comes is what would have come.
@@ -62,8 +64,9 @@ def run_generate(
     each()  # what is wrong with an option is told before a file is written
     beside = resolve(adapter, needs="adapter_config.json") if adapter else None
     weights = [hash_weights(folder) for folder in (opened.directory, beside) if folder]
-    asked = [(q.ids, line(q, Generated([], False))) for q in questions]
-    decides = [weights, quantize, str(engine.model.dtype), sorted(engine.stop_ids), options, asked]
+    asked = [(q.ids, line(chat, q, Generated([], False))) for q in questions]
+    how = {name: value for name, value in options.items() if name != "batch_size"}  # with whom a row goes on is nothing to it
+    decides = [weights, quantize, str(engine.model.dtype), sorted(engine.stop_ids), how, asked]
     of = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     bars = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -75,7 +78,7 @@ def run_generate(
         written = 0
         try:
             for row, answer in each(done=[*lines]):
-                lines[row] = line(questions[row], answer)
+                lines[row] = line(chat, questions[row], answer)
                 journal.add({"row": row, "line": lines[row]})
                 progress.advance(task)
                 while written in lines:
@@ -122,9 +125,11 @@ def ask(engine: Engine, chat: Chat, examples: Sequence[Example]) -> list[Questio
     return questions
 
 
-def line(q: Question, answer: Generated) -> str:
+def line(chat: Chat, q: Question, answer: Generated) -> str:
     asked: dict[str, Any] = {"prompt": q.prompt}
     if q.messages:
         asked = {"messages": [as_dict(m) for m in q.messages]}
-    row = asked | {"answer": answer.text, "expected": q.expected, "stopped": answer.stopped}
+    said = chat.said(answer.text, answer.ids)
+    row = asked | {"answer": said, "expected": q.expected, "stopped": answer.stopped}
+    row |= {"raw": answer.text} if answer.text != said else {}
     return json.dumps(row, ensure_ascii=False) + "\n"

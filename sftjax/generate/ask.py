@@ -18,7 +18,7 @@ from sftjax.hf.model import Model
 
 
 def answer(model: Model, prompts: str | Sequence[Any], *, max_new_tokens: int = 512, **options: Any) -> list[str]:
-    """The model's answer to each of `prompts`, in order.
+    """The model's answer to each of `prompts`, in order, without the thought before it.
 
     A prompt is a text, which a user says through the model's own template, or a list of messages, up to the one that is
     answered. A model without a template goes on with a text, and takes no messages. `options` as in Engine.each: temperature
@@ -30,7 +30,7 @@ def answer(model: Model, prompts: str | Sequence[Any], *, max_new_tokens: int = 
     engine, chat = engine_of(model)
     asked = [ids(chat, prompt, f"prompts[{i}]") for i, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)]
     made = engine.generate(asked, max_new_tokens=max_new_tokens, tokenizer=model.tokenizer, **options)
-    return [one.text for one in made]
+    return [chat.said(one.text, one.ids) for one in made]
 
 
 def ids(chat: Chat, prompt: Any, where: str) -> list[int]:

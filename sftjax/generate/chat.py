@@ -90,7 +90,7 @@ class Talk:
         return self.chat.prompt([Message("system", self.system), *asked] if self.system else asked)
 
     def answer(self, prompt: list[int]) -> str:
-        """Prints the answer as it comes, and returns it."""
+        """Prints the answer as it comes, and returns what it says: a template puts no thought of before into a prompt."""
         writer = Writer(self.chat.tokenizer, self.stop_strings, prompt)
         shown = 0
         ended = ""
@@ -109,7 +109,7 @@ class Talk:
         print(writer.text[shown:])
         if ended:
             note(ended)
-        return writer.text
+        return self.chat.said(writer.text, writer.ids)
 
 
 def read_lines() -> Iterator[str]:

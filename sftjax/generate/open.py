@@ -31,12 +31,13 @@ def open_model(model: str, adapter: str | None = None, quantize: str | None = No
 
 
 def engine_of(m: Model) -> tuple[Engine, Chat]:
-    chat = Chat(m.tokenizer)
+    chat = Chat(m.tokenizer, day=None)
     return Engine(m.module, m.params, stop_ids=ends(m.directory, chat)), chat
 
 
 def ends(directory: Path, chat: Chat) -> tuple[int, ...]:
-    """The tokens that end an answer; generation_config.json is where some families name more of them than the tokenizer does."""
+    """The tokens that end an answer: in training, evaluation and talk alike. generation_config.json is where some families name
+    more of them than the tokenizer does."""
     file = directory / "generation_config.json"
     eos = read_json(file).get("eos_token_id") if file.is_file() else None
-    return (*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist())
+    return tuple(dict.fromkeys([*chat.stop_ids, *np.ravel([] if eos is None else eos).tolist()]))

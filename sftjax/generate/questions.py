@@ -68,6 +68,9 @@ def ask(row: dict[str, Any], template: bool, source: str, line: int) -> Example:
     elif not isinstance(row[key], str):
         raise RowError(key, "must be text, or a list of turns")
     elif not template:
+        if row.get("system") or tools(row.get("tools"), "tools"):
+            given = "system" if row.get("system") else "tools"
+            raise RowError(given, "has no place in raw text, and the model has no chat template; leave it out")
         return Example(source, line, completion=(row[key], ""))
     else:
         more = [row["input"]] if isinstance(row.get("input"), str) and row["input"] else []

@@ -73,17 +73,17 @@ class Answers:
         job = self.job
         with jax.set_mesh(job.mesh):
             whole = uncut(params, job.decoder.dtype)
-            engine = Engine(dataclasses.replace(job.decoder, lower=0), whole, stop_ids=job.chat.stop_ids)
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), whole, stop_ids=job.stop_ids)
             longest = job.config.eval.max_new_tokens
-            return heldout.answers(engine, questions, tokenizer=job.chat.tokenizer, max_new_tokens=longest)
+            return heldout.answers(engine, questions, chat=job.chat, max_new_tokens=longest)
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the answers before training."""
         asked = [(q.ids, q.expected) for q in self.questions]
         hashes = self.job.manifest["hashes"]
         c = self.job.config
-        decides = [asked, hashes["base"], hashes["adapter"], self.job.chat.stop_ids, c.eval.max_new_tokens]
-        decides += [c.model.quantize, str(self.job.decoder.dtype)]
+        decides = [asked, hashes["base"], hashes["adapter"], self.job.stop_ids, c.eval.max_new_tokens]
+        decides += [c.model.quantize, str(self.job.decoder.dtype), self.job.chat.thought.pattern]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def say(self, when: str, answers: list[heldout.Answer]) -> None:

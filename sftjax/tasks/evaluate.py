@@ -231,9 +231,7 @@ def measure(
             if questions:
                 say(f"{side.name}: answering {len(questions):,} of {len(subject.rows):,} rows")
                 engine = Engine(side.decoder, side.params, stop_ids=subject.stop_ids)
-                answers.append(
-                    heldout.answers(engine, questions, tokenizer=subject.chat.tokenizer, max_new_tokens=longest, **sampling)
-                )
+                answers.append(heldout.answers(engine, questions, chat=subject.chat, max_new_tokens=longest, **sampling))
     tags = [subject.rows.example(i).tags for i in range(len(subject.rows))]
     whole = [Part(tags, likely)] if likely else []
     if questions:
@@ -339,6 +337,7 @@ def predictions(
         for i, (row, a) in enumerate(zip(out, each)):
             told = {name: values[i] for name, values in scores.items()}
             row |= {model: a.text, f"{model}_stopped": a.stopped, f"{model}_tokens": a.tokens, f"{model}_scores": told}
+            row |= {f"{model}_raw": a.raw} if a.raw != a.text else {}
     return out
 
 

@@ -29,6 +29,7 @@ from sftjax.data.batch import Batch
 from sftjax.data.prompts import stream
 from sftjax.data.rows import Rows
 from sftjax.data.stream import WHOLE, eval_batches
+from sftjax.generate.open import ends
 from sftjax.hf.load import check_length
 from sftjax.losses import Loss
 from sftjax.models.attention import check_heads
@@ -73,6 +74,7 @@ class Job:
                 self.mesh.shape[sharding.SEQUENCE],
             )
             self.chat = self.base.chat
+            self.stop_ids = ends(self.base.directory, self.chat)
             self.run = Run(workdir, use_tensorboard=config.train.tensorboard)
         hosts.refuse_unshared(self.run.workdir)
         self.splits = hosts.in_turn(lambda: pipeline.build(config, self.chat, say=self.say), pipeline.cache_root(config.data))

@@ -1,11 +1,12 @@
 """Rewards: what an answer earns, as the sum over functions of weight * reward.
 
-    exact_match, numeric, ...  the metrics of evaluate/metrics.py, of the answer and what its row expects, 0 to 1
-    format:REGEX               1 where the whole answer matches, line breaks and all, else 0
+    exact_match, numeric, ...  the metrics of evaluate/metrics.py, of what the answer says and what its row expects, 0 to 1
+    format:REGEX               1 where the whole answer matches, its thought, line breaks and all, else 0
     length:N                   1 at N tokens, 1/N less for each token more or fewer, 0 at least
     FILE.py:FUNCTION           one's own: f(prompts=[str], completions=[str], **columns) -> [float or None], as TRL calls them.
                                `columns` are lists too: every other column of the rows, and of ours `expected`, `messages` (the
-                               turns that were asked, or None) and `completion_ids`. It gets those that it names, or all with **
+                               turns that were asked, or None), `said` (the completions without their thoughts) and
+                               `completion_ids`. It gets those that it names, or all with **
     model:DIR                  a reward model's: a checkpoint with a score head of one number, read through its own template
 
 None means no reward: the function is left out of that answer's sum.
@@ -48,6 +49,7 @@ class Answered(NamedTuple):
     ids: list[int]
     stopped: bool
     text: str
+    said: str  # of the text, without the thought
 
 
 Reward = Callable[[Sequence[Answered]], Sequence[float | None]]
@@ -147,7 +149,7 @@ def function(name: str, key: str, model: Callable[[str], Reward] | None) -> Rewa
 
 def metric(name: str) -> Reward:
     def run(answers: Sequence[Answered]) -> list[float | None]:
-        return [None if (e := a.question.expected) is None else float(SCORES[name](a.text, e)) for a in answers]
+        return [None if (e := a.question.expected) is None else float(SCORES[name](a.said, e)) for a in answers]
 
     return run
 
@@ -204,6 +206,7 @@ def table(answers: Sequence[Answered]) -> dict[str, list[Any]]:
     return {name: [a.columns.get(name) for a in answers] for name in sorted(columns)} | {
         "prompts": [a.question.prompt for a in answers],
         "completions": [a.text for a in answers],
+        "said": [a.said for a in answers],
         "completion_ids": [a.ids for a in answers],
         "expected": [a.question.expected for a in answers],
         "messages": [[*map(as_dict, a.question.messages)] or None for a in answers],

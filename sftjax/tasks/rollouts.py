@@ -61,7 +61,7 @@ class Actor:
         questions = {i: question(job.chat, example) for i, example in asked.items()}
         policy = uncut({name: part for name, part in params.items() if name not in BESIDE}, job.decoder.dtype)
         with jax.set_mesh(job.mesh):
-            engine = Engine(dataclasses.replace(job.decoder, lower=0), policy, stop_ids=job.chat.stop_ids, share=True)
+            engine = Engine(dataclasses.replace(job.decoder, lower=0), policy, stop_ids=job.stop_ids, share=True)
             made = engine.generate(
                 [questions[i].ids for i in numbers],
                 max_new_tokens=self.longest,
@@ -71,7 +71,7 @@ class Actor:
             )
         ends = [[] if g.stop_id is None else [g.stop_id] for g in made]
         return [
-            Answered(questions[i], asked[i].columns or {}, [*g.ids, *end], g.stopped, g.text)
+            Answered(questions[i], asked[i].columns or {}, [*g.ids, *end], g.stopped, g.text, job.chat.said(g.text, g.ids))
             for i, g, end in zip(numbers, made, ends)
         ]
 
@@ -98,7 +98,7 @@ class Actor:
         if part == "eval":
             self.now = [
                 {"prompt": a.question.prompt, "expected": a.question.expected or ""}
-                | {"text": a.text, "stopped": a.stopped, "reward": float(x)}
+                | {"text": a.said, "stopped": a.stopped, "reward": float(x)}
                 for a, x in zip(answers[:SHOWN], earned)
             ]
             if self.begins:

@@ -3,6 +3,8 @@
 import json
 import pickle
 from dataclasses import replace
+from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftjax.config import UserError
-from sftjax.data.chat import Chat, covered, load_tokenizer, prepare
+from sftjax.data.chat import DAY, Chat, covered, load_tokenizer, prepare, without_thought
 from sftjax.data.example import Example, Message, RowError
+from sftjax.data.spans import TAG
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_end|>"]
 QA = (("user", "Two and two?"), ("assistant", "Four."), ("user", "And three?"), ("assistant", "Seven."))
@@ -414,6 +417,88 @@ def test_released_templates_train_the_answers(shared, real):
             closed += bool(after.strip())
     assert closed > 90  # of 100 turns; some templates close none, or not the last one
     assert len(files) == 55 and refused == REFUSING
+
+
+def test_a_stopped_clock_is_right_on_its_day(shared, real, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: datetime(DAY.year, DAY.month, DAY.day))
+    )
+    texts = [file.read_text() for file in (shared / "data/chat_templates/llama_cpp").glob("*.jinja")]
+    dated = [text for text in texts if "strftime_now" in text] + ["\n  {% if 1 %}{{ strftime_now('%A, %-d. %B %y') }}{% endif %}"]
+    assert len(dated) == 6
+    for template in dated:
+        now, then = (Chat(real("minimind"), template=template, day=day).render([Message(*QA[0])]) for day in (None, DAY))
+        assert now == then and str(DAY.day) in now
+
+
+def with_tokens(real, template):
+    """A tokenizer that has every tag which the template writes in one token, special but for the thought's, as Qwen3's has."""
+    backend = load_copy(real("minimind"))
+    backend.add_tokens(["<think>", "</think>"])
+    chat = Chat(backend, template=template)
+    written = [chat.render(thinking(QA)), chat.render(conversation(*QA[:3]).messages, generate=True), *chat.turns.closers]
+    backend.add_tokens(
+        sorted({tag for text in written for tag in TAG.findall(text)} - {"<think>", "</think>"}), special_tokens=True
+    )
+    return Chat(backend, template=template)
+
+
+def thinking(turns):
+    thought = dict.fromkeys(("reasoning_content", "thinking"), "Hm.")
+    return tuple(Message(*turn, extra=thought if turn[0] == "assistant" else {}) for turn in turns)
+
+
+def generated(chat, encoded):
+    """(ids, text) of the last answer, as the engine gives them of a model that learnt it."""
+    trained = np.flatnonzero(encoded.weights)
+    start = trained[np.flatnonzero(np.diff(trained, prepend=-1) > 1)[-1]]
+    ids = encoded.ids[start : trained[-1] + 1].tolist()
+    ids = ids[: next((i for i, token in enumerate(ids) if token in chat.stop_ids), None)]
+    return ids, chat.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_what_a_learnt_answer_says_is_the_rows_answer(shared, real):
+    preambles, thoughts = set(), 0
+    for file in sorted((shared / "data/chat_templates/llama_cpp").glob("*.jinja")):
+        if file.stem in REFUSING:
+            continue
+        chat = with_tokens(real, str(file))
+        ids, text = generated(chat, chat.encode(conversation(*QA)))
+        assert chat.said(text, ids).rstrip() == "Seven.", (file.stem, text)
+        preambles.add(text.rstrip().removesuffix("Seven.").strip())
+        try:
+            ids, text = generated(chat, chat.encode(conversation(*thinking(QA))))
+        except RowError:  # whose thoughts cannot be told apart
+            continue
+        assert chat.said(text, ids).rstrip() == "Seven.", (file.stem, text)
+        thoughts += "Hm." in text
+    assert preambles == {"", "<think>\n\n</think>", "<think></think>", "</think>", "final", "all"} and thoughts > 9
+
+
+def test_what_an_answer_says():
+    chat = Chat(tokenizer(), template=TEMPLATES["writes a thought into the last answer"][0])
+
+    def said(text):
+        return chat.said(text, chat.tokenise(text)[0])
+
+    assert said("<think>\nhm\n</think>\n\n Four.\n") == "Four.\n" == chat.said("<think>\nhm\n</think>\n\n Four.\n")
+    assert said("<think>\nFour or five") == "<think>\nFour or five"  # cut off: there is no other answer
+    assert said("<think>\nhm\n</think>\n\n") == "" == said("")
+    assert said("Four.") == "Four." and without_thought("[THINK]hm[/THINK]Four.") == "Four."
+    ids = chat.tokenise("a</think>Four. Fi")[0]
+    assert chat.said("a</think>Four. Five", ids) == "Four. Five"  # a stop string began within the last token
+    base = Chat(tokenizer())
+    assert base.said("a</think>b", base.tokenise("a</think>b")[0]) == "b"
+
+
+def test_an_answer_ends_where_a_conversation_does(shared, real):
+    """GPT-OSS closes a thought with <|end|>: a model that stopped there would never answer."""
+    chat = with_tokens(real, str(shared / "data/chat_templates/llama_cpp/openai-gpt-oss-120b.jinja"))
+    names = chat.tokenizer.convert_ids_to_tokens
+    assert names(list(chat.stop_ids)) == ["<|return|>", "<|im_end|>"]
+    assert names(list(chat.closer_ids)) == ["<|end|>", "<|return|>", "<|im_end|>"]
+    example = conversation(*QA, Message("user", "Bye."))
+    assert chat.check(chat.encode(example), example) is None  # its last answer goes before another turn
 
 
 def test_weights_do_not_depend_on_generation_markers(real):

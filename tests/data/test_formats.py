@@ -425,7 +425,21 @@ def test_tags_come_with_rows_of_any_format(load, held, tags):
         assert one(load(row | {"kind": held, "tags": 3}, columns={"tags": "kind"})).tags == tags
 
 
+@pytest.mark.parametrize("beside", [{"system": "Be terse."}, {"tools": [{"type": "function", "function": {"name": "f"}}]}])
+def test_what_only_a_template_has_a_place_for_is_refused_beside_raw_text(load, beside):
+    row = {"prompt": "q", "completion": "a"}
+    told = reason(load(row | beside))
+    assert told.startswith(f"{next(iter(beside))}: has no place beside a prompt of raw text; ")
+    named = dict(option.split("=") for option in told.split("--config.data.columns.")[1:])
+    (example,) = load(row | beside, columns={name: own.strip() for name, own in named.items()})
+    assert [m.content for m in example.messages[-2:]] == ["q", "a"] and (example.tools or example.messages[0].role == "system")
+    assert one(load(row | {"system": " ", "tools": "[]"})).completion == ("q", "a")
+
+
 def test_tags_that_are_none_are_told(load):
-    assert reason(load({"text": "t", "tags": 3})) == "tags: is the number 3, must be a text or a list of texts"
+    for other in (3, [{"id": 1}]):  # something else that is called so, unless one is told otherwise
+        assert one(load({"text": "t", "tags": other})).tags == ()
+    found = load({"text": "t", "tags": 3}, columns={"tags": "tags"})
+    assert reason(found) == "tags: is the number 3, must be a text or a list of texts"
     found = load({"text": "t", "kind": [{}]}, columns={"tags": "kind"})
     assert reason(found) == "kind: is a list of 1, must be a text or a list of texts"

@@ -5,7 +5,9 @@ import pickle
 import subprocess
 import tracemalloc
 from collections import Counter
+from datetime import datetime
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from tiny_chat import chat, config, row, write
 
 from sftjax.config import UserError
 from sftjax.data import cache, encode
+from sftjax.data.chat import Chat
 from sftjax.data.example import Example, Message
 from sftjax.data.formats import Rejected
-from sftjax.data.pipeline import build
+from sftjax.data.pipeline import build, data_hash
 from sftjax.data.rows import split
 from sftjax.data.stream import Stream, eval_batches, prefetch
 
@@ -39,6 +42,29 @@ def documents(batch):
     for tokens, segments in zip(batch.tokens, batch.segments):
         out += [tuple(tokens[segments == s].tolist()) for s in range(1, segments.max(initial=0) + 1)]
     return out
+
+
+# -- the day
+
+
+def test_rows_are_of_no_particular_day(tmp_path, monkeypatch):
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + chat().template
+    hashes, keys, shown = set(), set(), set()
+    for day in (1, 2):
+        on(monkeypatch, day)
+        c = config(tmp_path, [row(i) for i in range(9)], cache_dir=str(tmp_path / str(day)))
+        hashes.add(data_hash(run(c, chat=Chat(chat().tokenizer, template=dated)).report))
+        keys.add(os.listdir(tmp_path / str(day))[0])
+        shown.add(Chat(chat().tokenizer, template=dated, day=None).render([Message("user", "a")]).partition("<|")[0])
+    assert len(hashes) == len(keys) == 1 and shown == {"01 Feb 2030", "02 Feb 2030"}
+    run(c, chat=Chat(chat().tokenizer, template=dated, day=None))  # nor is one day's cache another's
+    assert len(os.listdir(tmp_path / "2")) == 2
+
+
+def on(monkeypatch, day):
+    """Makes it a day in 2030 for templates."""
+    clock = SimpleNamespace(now=lambda: datetime(2030, 2, day))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
 
 
 # -- what becomes of rows

@@ -75,6 +75,12 @@ def test_text_after_a_prompt_of_text_is_raw_and_an_instruction_is_a_users_turn(l
     assert (asked.text, asked.messages, asked.answers) == (None, (USER,), PAIR)
 
 
+def test_a_system_prompt_has_no_place_beside_raw_text(load):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "system": "Be terse."}
+    assert reason(load(row)).startswith("system: has no place beside a prompt of raw text; ")
+    assert one(load(row, columns={"instruction": "prompt"})).messages[0].content == "Be terse."
+
+
 def test_the_turns_before_the_answers_are_the_prompt_with_system_and_tools(load):
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     row = {

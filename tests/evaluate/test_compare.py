@@ -17,6 +17,7 @@ from sftjax.evaluate import contenders, endpoint
 from sftjax.evaluate.compare import run_compare
 from sftjax.evaluate.contenders import Contender, Local, Options, Remote, hash_folder, parse
 from sftjax.evaluate.prompts import Ask
+from sftjax.generate.engine import Engine, Generated
 from sftjax.generate.open import open_engine
 
 KEY = "sk-secret-of-mine"
@@ -74,6 +75,20 @@ def test_a_server_through_two_prompts(world, capsys):
     assert json.loads((world / "out" / "compare.json").read_text()) == json.loads(json.dumps(got))
     shown = capsys.readouterr().out
     assert "oracle   hinted" in shown and got["verdict"][0] in shown
+
+
+def test_a_thought_is_no_part_of_an_answer(world, toy, monkeypatch):
+    rows = [{"instruction": f"{i}?", "output": output} for i, output in enumerate(("ham", "<think>\nhm\n</think>\n\nham"))]
+    (world / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    thought = "<think>\n\n</think>\n\nham"
+
+    def thinks(self, prompts, *, tokenizer, **_):
+        return ((i, Generated(tokenizer(thought)["input_ids"], True, thought)) for i in range(len(prompts)))
+
+    monkeypatch.setattr(Engine, "each", thinks)
+    with serving(lambda *_: said(thought, 1, 1)) as server:
+        got = compare(world, f"there={server.url}#m", f"here={toy.base}", prompts=None)
+    assert [cell["metrics"]["exact_match"]["value"] for cell in got["cells"]] == [1.0, 1.0]
 
 
 def test_the_page_escapes_and_the_key_is_nowhere(world, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from sftjax.data.example import Answer, Example, Message
 from sftjax.evaluate import heldout
+from sftjax.generate.engine import Engine, Generated
 from sftjax.generate.open import open_engine
 
 
@@ -57,7 +58,7 @@ def test_answers_are_the_engines_and_compared_after_strip(opened):
         talk(("user", "x" * 200), ("assistant", "leaves no room")),
     ]
     asked = list(heldout.questions(chat, examples))
-    right, wrong, long = heldout.answers(engine, asked, tokenizer=chat.tokenizer, max_new_tokens=5)
+    right, wrong, long = heldout.answers(engine, asked, chat=chat, max_new_tokens=5)
     assert (right.exact, wrong.exact, long.exact) == (True, False, False)
     assert right.text == wrong.text == said.text and right.tokens == len(said.ids) and not long.text
     got = heldout.summary([right, wrong, long], ["contains"])
@@ -73,6 +74,17 @@ def test_answers_are_the_engines_and_compared_after_strip(opened):
     assert heldout.Answer(**json.loads(json.dumps(asdict(right)))) == right
     (row,) = heldout.samples([wrong], [right])
     assert row["exact_tuned"] and not row["exact_base"] and row["base"] == row["tuned"] == said.text
+
+
+def test_a_thought_is_neither_asked_for_nor_scored(opened, monkeypatch):
+    engine, chat = opened
+    raw = "<think>\nIs it ham, or is it spam? One more look at it.\n</think>\n\nham"
+    (q,) = heldout.questions(chat, [talk(("user", "hi"), ("assistant", "<think>\nhm\n</think>\n\nham"))])
+    assert q.expected == "ham"
+    made = Generated(chat.tokenise(raw)[0], True, raw)
+    monkeypatch.setattr(Engine, "generate", lambda self, prompts, **_: [made] * len(prompts))
+    (a,) = heldout.answers(engine, [q], chat=chat, max_new_tokens=9)
+    assert (a.text, a.exact, a.overlong, a.raw, a.tokens) == ("ham", True, False, raw, len(made.ids))
 
 
 def test_labels_add_macro_f1():

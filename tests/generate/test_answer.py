@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
+import sftjax
 from sftjax.config import UserError
 from sftjax.generate.answer import run_generate
-from sftjax.generate.engine import Engine
+from sftjax.generate.engine import Engine, Generated
 from sftjax.generate.open import open_engine
 
 
@@ -25,6 +26,24 @@ def test_rows_are_answered_in_order(toy, tmp_path):
         alone = engine.generate([chat.prompt(asked)], max_new_tokens=6, tokenizer=chat.tokenizer)[0]
         expected = row["messages"][1]["content"] if len(row["messages"]) > 1 else None
         assert line == {"messages": asked, "answer": alone.text, "expected": expected, "stopped": alone.stopped}
+
+
+def test_a_thought_is_kept_beside_the_answer(toy, tmp_path, monkeypatch):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in toy.rows[:2]))
+    monkeypatch.setattr(Engine, "each", thinks_first)
+    run_generate(str(toy.base), data=str(data), out=str(out), max_new_tokens=6)
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    assert (first["answer"], first["raw"]) == ("ham", "<think>\n\n</think>\n\nham") and second["answer"] == "ham"
+    assert "raw" not in second
+    assert sftjax.answer(sftjax.load(toy.base), ["a?", "b?"]) == ["ham", "ham"]
+
+
+def thinks_first(self, prompts, *, tokenizer=None, **_):
+    """Engine.each of a model whose first answer has a thought before it."""
+    texts = ["<think>\n\n</think>\n\nham", *["ham"] * (len(prompts) - 1)]
+    if tokenizer:
+        return ((i, Generated(tokenizer(text)["input_ids"], True, text)) for i, text in enumerate(texts))
 
 
 def test_an_existing_file_is_not_written_over(toy, tmp_path):
@@ -71,7 +90,7 @@ def test_killed_and_run_again_is_uninterrupted(toy, tmp_path, monkeypatch, capsy
     with (tmp_path / rest[0]).open("ab") as file:
         file.write(b'{"row": 70, "li')  # as a kill leaves it
     monkeypatch.setattr(Engine, "each", counted)
-    run_generate(str(toy.base), out=str(out), **options)
+    run_generate(str(toy.base), out=str(out), **options | {"batch_size": 3})
     assert out.read_bytes() == whole.read_bytes() and len(asked) == 72 - at
     assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "answers.jsonl"}
 
@@ -149,5 +168,8 @@ def test_a_base_model_continues_questions_and_refuses_conversations(toy, tmp_pat
     data.write_text(json.dumps({"prompt": "once"}) + "\n")
     run_generate(str(base), data=str(data), out=str(out), max_new_tokens=2)
     assert json.loads(out.read_text())["prompt"] == "once"
+    data.write_text(json.dumps({"prompt": "once", "system": "Be terse."}) + "\n")
+    with pytest.raises(UserError, match="system: has no place in raw text"):
+        run_generate(str(base), data=str(data), out=str(tmp_path / "other.jsonl"), max_new_tokens=2)
     with pytest.raises(UserError, match="has no chat template"):
         run_generate(str(base), data=str(toy.data), out=str(tmp_path / "other.jsonl"), max_new_tokens=2)

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,6 +99,14 @@ def test_other_ends_of_the_generation_config_stop_too(toy, tmp_path):
     (base / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     engine, chat = open_engine(str(base))
     assert engine.stop_ids == {5, 7, *chat.stop_ids} and chat.stop_ids
+
+
+def test_talk_is_of_the_day_itself(toy, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(toy.base, base)
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: datetime(2030, 2, 1)))
+    assert open_engine(str(base))[1].render([]) == "2030"
 
 
 def test_what_is_shown_is_never_taken_back(opened):

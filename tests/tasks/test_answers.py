@@ -1,18 +1,22 @@
 """Held-out rows answered before and after training: which are asked, and when the answers from before still hold."""
 
 import json
+import shutil
 import signal
 
 import pytest
 import toy as worlds
+from ml_collections import ConfigDict
 
 from sftjax import tasks, tree
 from sftjax.config import UserError
 from sftjax.evaluate import heldout
 from sftjax.generate.engine import Engine
-from sftjax.tasks import job
+from sftjax.generate.open import open_engine
+from sftjax.tasks import answers, job, rollouts
 from sftjax.tasks.answers import FILE, Answers
 from sftjax.tasks.job import Job
+from sftjax.tasks.rollouts import Actor
 from sftjax.weights.kinds import LowRank
 
 SHORT = {"train.steps": 2, "train.eval_every": 0, "eval.generate": 4, "eval.max_new_tokens": 4}
@@ -41,6 +45,25 @@ def test_rows_that_ask_are_found_among_those_that_do_not(toy, tmp_path):
     tasks.train(toy.config(**changes), tmp_path / "run")
     asked = [s["prompt"] for s in samples(tmp_path / "run")]
     assert len(asked) == 4 and set(asked) <= {row["messages"][0]["content"] for row in toy.rows[:6]}
+
+
+def test_an_answer_ends_as_it_does_when_the_model_is_served(toy, tmp_path, monkeypatch):
+    base = shutil.copytree(toy.base, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    run, ended = Job(toy.config(**SHORT | {"model.path": str(base)}), tmp_path / "run"), []
+
+    def engine(model, params, *, stop_ids, **_):
+        ended.append({*stop_ids})
+        raise StopIteration
+
+    monkeypatch.setattr(answers, "Engine", engine)
+    monkeypatch.setattr(rollouts, "Engine", engine)
+    params = tree.join(run.trainable, run.frozen)
+    grpo = ConfigDict({"max_completion_length": 4, "temperature": 1.0, "top_p": 1.0})
+    for answering in (Answers(run).before, lambda: Actor(run, grpo, len).answers(params, run.splits.train, [0])):
+        with pytest.raises(StopIteration):
+            answering()
+    assert ended == [open_engine(str(base))[0].stop_ids] * 2 == [{5, 7, *run.chat.stop_ids}] * 2
 
 
 def test_the_seed_chooses_the_rows_from_all_that_are_held_out(toy, tmp_path):

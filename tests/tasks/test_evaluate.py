@@ -1,6 +1,8 @@
 """`sftjax eval` says of a run what training said, of an export what it says of the run, and of a model and itself nothing."""
 
 import json
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import toy as worlds
@@ -113,6 +115,19 @@ def test_an_export_is_what_the_run_was(toy, run, found, tmp_path):
     for name, of in whole(same).items():
         assert of["base"] == of["tuned"] and set(of["difference"].values()) == {0}, name
     assert same["changed"] == {"better": [], "worse": []}
+
+
+def test_a_run_goes_on_and_is_evaluated_on_another_day(toy, tmp_path, monkeypatch):
+    """Though its template writes the day's date, and its data is tokenised again."""
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}\n" + worlds.CHATML)
+    seen = []
+    for day in (1, 2):
+        clock = SimpleNamespace(now=lambda day=day: seen.append(day) or datetime(2030, 2, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        changes = {"data.template": str(tmp_path / "dated.jinja"), "data.cache_dir": str(tmp_path / f"cache{day}")}
+        tasks.train(toy.config(**changes, **{"train.steps": 2, "eval.generate": 2}), tmp_path / "run")
+    got = evaluate_run(tmp_path / "run", rows=2, max_new_tokens=2, say=lambda _: None)
+    assert got["answered"] == 2 and not seen
 
 
 def test_plain_text_has_a_loss_and_no_answers(toy, tmp_path):

@@ -15,16 +15,17 @@ from sftjax import tasks, tree
 from sftjax.config import UserError
 from sftjax.data import pipeline
 from sftjax.data.batch import Batch
+from sftjax.data.chat import without_thought
 from sftjax.data.prompts import Prompts
 from sftjax.evaluate.heldout import Question
-from sftjax.generate.engine import Engine
+from sftjax.generate.engine import Engine, Generated
 from sftjax.losses.policy import action_logps, grpo, logps_and_entropy
 from sftjax.models.decoder import Output
 from sftjax.tasks import rollouts
 from sftjax.tasks.evaluate import evaluate
 from sftjax.tasks.grpo import experience
 from sftjax.tasks.job import Job
-from sftjax.tasks.rewards import Answered, Rewards
+from sftjax.tasks.rewards import Answered, Rewards, table
 from sftjax.tasks.rollouts import Actor, in_parts
 from sftjax.train.run import read_metrics
 
@@ -180,7 +181,16 @@ def test_the_policys_own_arrays_answer(job, acted):
     assert shared.a is kernel.a and shared.base is kernel.base
     assert len({tuple(a.ids) for a in answers[:G]}) > 1  # each answer has its own randomness
     for a in answers:
-        assert a.stopped == (a.ids[-1] in job.chat.stop_ids)
+        assert a.stopped == (a.ids[-1] in job.stop_ids)
+
+
+def test_a_thought_earns_and_shows_nothing(job, monkeypatch):
+    raw = "<think>\n\n</think>\n\n7"
+    made = Generated(job.chat.tokenise(raw)[0], True, raw)
+    monkeypatch.setattr(Engine, "generate", lambda self, prompts, **_: [made] * len(prompts))
+    actor = Actor(job, job.config.grpo, lambda answers: (np.array([a.said == "7" for a in answers], float), {}))
+    assert actor.evaluate(job.trainable, "eval")["reward"] == 1
+    assert {a["text"] for a in actor.now} == {"7"}
 
 
 def test_of_layers_in_two_stacks_answers_are_made_in_one_dtype(world, tmp_path, monkeypatch):
@@ -318,7 +328,7 @@ def test_how_a_step_is_cut_changes_nothing(world, run, tmp_path):
 
 
 def answered(text, expected=None, ids=(1, 2, 3), **columns):
-    return Answered(Question([1], "q", expected, where="f.jsonl:1"), columns, list(ids), True, text)
+    return Answered(Question([1], "q", expected, where="f.jsonl:1"), columns, list(ids), True, text, without_thought(text))
 
 
 def test_rewards_by_name(world):
@@ -330,6 +340,11 @@ def test_rewards_by_name(world):
     np.testing.assert_allclose(each["length"], [0.75, 0.5, 0.75])
     np.testing.assert_allclose(total, [1 + 1 + 0.5 + 1.5, 0 + 1 + 0 + 1, 1.5])
     np.testing.assert_array_equal(Rewards(f"{world.root}/mine.py:typed")(answers)[0], [1, 1, 1])
+    thought = [answered("<think>\n8?\n</think>\n\n7", "7")]  # as TRL's, a format is of all that was written
+    _, each = Rewards(("exact_match", "format:<think>.*</think>.*"))(thought)
+    assert each == {"exact_match": [1], "format": [1]}
+    told = {name: texts[0] for name, texts in table(thought).items() if name in ("said", "completions")}
+    assert told == {"said": "7", "completions": thought[0].text}
 
 
 MISTAKES = {

@@ -161,7 +161,7 @@ def test_a_judge_says_what_the_reward_model_says_and_compiles_once(world, judges
     questions = [question(job.chat, example) for example in examples]
     ends = list(job.chat.stop_ids[:1])
     answers = [
-        Answered(q, {}, [*job.chat.tokenise(text)[0], *(ends if i % 2 else [])], bool(i % 2), text)
+        Answered(q, {}, [*job.chat.tokenise(text)[0], *(ends if i % 2 else [])], bool(i % 2), text, text)
         for i, (q, text) in enumerate(zip(questions, said))
     ]
     model = sftjax.load(judges["whole"])
@@ -177,7 +177,7 @@ def test_a_reward_model_apart_reads_raw_text_behind_its_prompt(world, judges, tm
     model = sftjax.load(judges["whole"])
     end = model.tokenizer.eos_token_id
     rows = [("grass is ", "green"), ("snow is ", "green")]
-    answers = [Answered(Question([1], prompt, None), {}, [1], True, said) for prompt, said in rows]
+    answers = [Answered(Question([1], prompt, None), {}, [1], True, said, said) for prompt, said in rows]
     ids = [[*model.tokenizer(prompt + said)["input_ids"], end] for prompt, said in rows]
     judge = Apart(str(judges["whole"]))
     judge.sits(Job(world(), tmp_path / "run"))
