@@ -201,7 +201,7 @@ def eval_(args: argparse.Namespace) -> None:
     else:
         found = evaluate_model(args.model, config, data=args.data, base=args.base, **over, **options)
     print()
-    show(found, Console())
+    show(found, Console(width=None if sys.stdout.isatty() else 160))
     eval_next(args, config, found)
 
 
