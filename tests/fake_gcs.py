@@ -68,6 +68,7 @@ class Bucket:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for its second packet
     bucket: Bucket
 
     def log_message(self, *_: object) -> None:
