@@ -139,7 +139,7 @@ def refuse_unshared(workdir: Path) -> None:
     if many() and (alone := blind(workdir)):
         raise UserError(
             f"--workdir={workdir}: host {alone[0]} does not see there what host 0 writes; it must be one directory that all "
-            f"{jax.process_count()} hosts share, on NFS, Lustre or a mounted bucket"
+            f"{jax.process_count()} hosts share, on NFS or Lustre, or in a bucket (gs://...)"
         )
 
 

@@ -318,5 +318,5 @@ def unmarked(marked: str, at: int) -> int:
 
 
 def alternatives(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of `words`, the longest first; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+    """Matches any of `words`, the longest first; nothing where there are none. One pattern, in whatever order they come."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word)))) or "(?!)")

@@ -1,5 +1,6 @@
 """What is trained is exactly what the model has to write, whatever the template does."""
 
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sftjax.config import UserError
 from sftjax.data.chat import DAY, Chat, covered, load_tokenizer, prepare, without_thought
 from sftjax.data.example import Example, Message, RowError
-from sftjax.data.spans import TAG
+from sftjax.data.spans import TAG, alternatives
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_end|>"]
 QA = (("user", "Two and two?"), ("assistant", "Four."), ("user", "And three?"), ("assistant", "Seven."))
@@ -513,3 +514,9 @@ def test_weights_do_not_depend_on_generation_markers(real):
 
 def load_copy(tokenizer):
     return pickle.loads(pickle.dumps(tokenizer))
+
+
+def test_a_pattern_is_the_same_in_every_process():
+    """What answers depend on is known by it, and a set's order is another in each."""
+    words = ["</think>", "[/THINK]", "<channel|>"]
+    assert {alternatives(each).pattern for each in itertools.permutations(words)} == {alternatives(words).pattern}
