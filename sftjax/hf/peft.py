@@ -43,7 +43,7 @@ from sftjax.models.config import DecoderConfig
 __all__ = ["adapter_labels", "load_adapter", "save_adapter", "saved_modules", "unserved", "with_head"]
 
 README = """\
-# Loading with PEFT
+## Loading with PEFT
 
 {why}
 

@@ -31,6 +31,7 @@ from sftjax.hf.save import save
 from sftjax.hf.verify import Verified, distance, score, verify
 from sftjax.models.config import DecoderConfig
 from sftjax.tasks.base import Base
+from sftjax.train.card import card
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.files import directory
 from sftjax.train.manifest import hash_template, hash_tokenizer, hash_weights
@@ -98,6 +99,7 @@ def export(
         },
         adapter={"base_name": config.model.path, "saved": whole},
         quantisers=method.quantiser(start.shapes, config, start.modules),
+        card=card(workdir, out.resolve().name, form, step),
         source=start.directory,
         out=out,
         tokenizer=start.chat.tokenizer if changed or start.tokenizer_directory != start.directory else None,
@@ -125,9 +127,11 @@ def write(
     adapter: Mapping[str, Any],
     source: Path,
     quantisers: Mapping[str, Any] | None = None,
+    card: str = "",
     **shared: Any,
 ) -> Verified:
-    """Writes `params` in a form and reads it back. `merged` goes to `hf.save` alone, `adapter` to `hf.peft`, `shared` to both.
+    """Writes `params` in a form and reads it back. `merged` goes to `hf.save` alone, `adapter` to `hf.peft`, `shared` to both;
+    `card` begins the README.md.
 
     `params` are given away: they are deleted once written, so that the devices never hold both models.
     """
@@ -138,6 +142,10 @@ def write(
         for x in jax.tree.leaves(params):
             x.delete()
         found.append(verify(directory, ours, config, rows, adapter_of=of, quantisers=quantisers))
+        if card:
+            readme = directory / "README.md"
+            own = f"\n{readme.read_text(encoding='utf-8')}" if readme.exists() else ""
+            readme.write_text(card + own, encoding="utf-8")
 
     if form == "hf":
         save(params, config, source=source, check=check, **merged, **shared)

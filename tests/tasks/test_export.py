@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy as worlds
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 from sftjax import tasks, tree
@@ -272,6 +273,9 @@ def test_llama_with_new_tokens(toy, theirs, ours, tmp_path):
     assert "<|start_header_id|>" in text
     assert len(tokenizer) > len(AutoTokenizer.from_pretrained(base))
     export(tmp_path / "run", to="peft", out=tmp_path / "adapter")
+    cards = [(tmp_path / out / "README.md").read_text() for out in ("out", "adapter")]
+    assert [ModelCard(text).data.library_name for text in cards] == ["transformers", "peft"]
+    assert ["## Loading with PEFT" in text for text in cards] == [False, True]  # which has to make room for the tokens
     model = load(base, adapter=tmp_path / "adapter")
     assert len(model.tokenizer) == len(tokenizer) == model.config.vocab
     np.testing.assert_allclose(score(model.params, model.config, ROWS), ours(tmp_path / "run"), atol=1e-5)

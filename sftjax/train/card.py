@@ -1,0 +1,84 @@
+"""README.md of an export: the model card that the Hugging Face Hub shows, from what the run's directory says of it.
+
+The block between the dashes is the Hub's own metadata (https://huggingface.co/docs/hub/model-cards). A base and data that lie on
+a disk are told by their last name alone: where they lay is nobody else's affair.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sftjax.data.readers import HUB_ID, kind
+from sftjax.train.manifest import leaves
+from sftjax.train.report import config_rows, headlines
+from sftjax.train.run import read_json
+
+LIBRARY = {"hf": "transformers", "peft": "peft", "vllm": "peft", "sftjax": "sftjax"}
+PLACES = ("model.path", "model.adapter", "data.train", "data.eval", "data.template", "data.cache_dir")
+
+
+def card(workdir: Path, name: str, form: str, step: int) -> str:
+    """The card of a run's weights at `step`, exported as `name` in one of LIBRARY's forms."""
+    from huggingface_hub import ModelCardData
+
+    summary, manifest, config = (read_json(workdir / f"{file}.json") or {} for file in ("summary", "manifest", "config"))
+    config = leaves(config)
+    task, method, base = config["task"], config["method"], config["model.path"]
+    data, paths = manifest["data"], [source["path"] for source in manifest["data"]["sources"]]
+    metadata = ModelCardData(
+        base_model=base if on_hub(base) else None,
+        datasets=sorted({path.split(":")[0] for path in paths if on_hub(path)}) or None,
+        library_name=LIBRARY[form],
+        pipeline_tag="text-classification" if manifest.get("labels") else "text-generation",
+        tags=["sftjax", task, method],
+    )
+    learnt = f"{data['train']['rows']:,} rows of {', '.join(dict.fromkeys(map(called, paths)))}"
+    versions = ", ".join(f"{package} {version}" for package, version in manifest["versions"].items())
+    return "\n".join(
+        [
+            "---",
+            metadata.to_yaml(),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"{called(base)} after {step:,} steps of training on {learnt} (task {task}, method {method}) with sftjax.",
+            *figures(summary),
+            "",
+            "## Settings",
+            "",
+            "Those that are not sftjax's defaults:",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| `{key}` | {cell(value)} |" for key, value, _ in config_rows(config)["changed"] if key not in PLACES),
+            "",
+            f"Made with {versions}.",
+            "",
+        ]
+    )
+
+
+def figures(summary: Mapping[str, Any]) -> list[str]:
+    """What held-out rows said before training and at its end; nothing of a run that has not ended or measured none."""
+    if not (found := headlines(summary)):
+        return []
+    end = summary["steps"]
+    table = [f"| {one['label']} | {one['before']} | {one['after']} |" for one in found]
+    return ["", f"| held out | before | after {end:,} steps |", "|---|---:|---:|", *table]
+
+
+def on_hub(path: str) -> bool:
+    return bool(HUB_ID.fullmatch(path)) and not kind(path) and not os.path.exists(path)
+
+
+def called(path: str) -> str:
+    """A hub id as it is, of anything else the last part."""
+    return f"`{path if on_hub(path) else Path(path).name}`"
+
+
+def cell(value: str) -> str:
+    return f"`{value}`".replace("|", r"\|").replace("\n", " ")
