@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sftjax.cli_data import data
 from sftjax.options import EXAMPLES, Parser, build_parser
 
 VLLM_RANKS = (32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be above its default of 16, vllm/config/lora.py
@@ -89,7 +90,7 @@ def overrides(args: argparse.Namespace, rest: list[str]) -> list[str]:
             flags = ["--" + name.replace("_", "-") for name in vars(args) if name not in ("verb", "needs", "what")]
             near = difflib.get_close_matches(item.partition("=")[0], flags, n=1)
             raise UserError(
-                f"{item}: no such option{f'; did you mean {near[0]}?' if near else ''}; see sftjax {args.verb} --help"
+                f"{item}: no such option{f'; did you mean {near[0]}?' if near else ''}; see sftjax {full_name(args)} --help"
             )
         if "=" not in item:
             i += 1
@@ -110,7 +111,12 @@ def check_needs(args: argparse.Namespace) -> None:
 
     missing = [need.replace("|", " or ") for need in args.needs.split() if not any(map(given, need.split("|")))]
     if missing:
-        raise UserError(f"needs {' and '.join(missing)}; for example\n  {EXAMPLES[args.verb]}")
+        raise UserError(f"needs {' and '.join(missing)}; for example\n  {EXAMPLES[full_name(args)]}")
+
+
+def full_name(args: argparse.Namespace) -> str:
+    """The verb, with the word after it where there is one."""
+    return " ".join(filter(None, (args.verb, getattr(args, "what", None))))
 
 
 def load_config(args: argparse.Namespace) -> Any:
@@ -141,28 +147,6 @@ def plan(args: argparse.Namespace) -> None:
     plan(load_config(args), args.topology, compile=args.exact, **given)
     same = [f"--config={args.config}", *(f"--config.{item}" for item in args.overrides), "--workdir=runs/mine"]
     print(f"\nnext: sftjax train {shlex.join(same)}")
-
-
-def data(args: argparse.Namespace) -> None:
-    from sftjax.config import UserError, default, override
-    from sftjax.data.pairs import write
-
-    if args.what != "pairs":
-        raise UserError(f"{args.what or 'nothing'}: needs the word pairs after it; for example\n  {EXAMPLES['data']}")
-    config = load_config(args) if args.config else default()
-    for item in args.overrides:
-        if not item.startswith(OF_ROWS):
-            raise UserError(f"--config.{item}: has no effect on how rows are read; leave it out. What has: {', '.join(OF_ROWS)}")
-        override(config, *item.split("=", 1))
-    counts = write(args.data, args.out, config.data, force=args.force)
-    left = {
-        "bad": "that cannot be used are left out",
-        "without": "make no pair, all their answers being equally good or the same",
-    }
-    told = [f"{counts[name]:,} {why}" for name, why in left.items() if counts[name]]
-    print(f"{counts['rows']:,} rows" + "".join(f", {part}" for part in told))
-    print(f"{counts['pairs']:,} pairs in {args.out}, {counts['ties']:,} ties between two answers make none")
-    print(f"next: sftjax preview --config=configs/dpo.py --config.data.train={shlex.quote(args.out)}")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -250,7 +234,6 @@ def eval_next(args: argparse.Namespace, config: Any, found: dict[str, Any]) -> N
         print(f"next: sftjax chat --model={args.model}{over}" + (f" --quantize={args.quantize}" if args.quantize else ""))
 
 
-OF_ROWS = ("data.format", "data.columns", "data.roles", "data.system", "data.on_bad_row")  # what says how preferences are read
 OF_A_FILE = ("data.", "eval.", "seed", "task", "model.dtype", "model.trust_remote_code")  # what a model on a file can be told
 FLAGS = {
     "model.path": "--model=DIR",

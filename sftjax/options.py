@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 EXAMPLES = {
     "preview": "sftjax preview --config=configs/sft_lora.py --config.data.train=mine.jsonl",
     "plan": "sftjax plan --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --topology=v5e-1",
-    "data": "sftjax data pairs --data=rankings.jsonl --out=pairs.jsonl",
+    "data": "sftjax data check --data=mine.jsonl",
+    "data check": "sftjax data check --data=mine.jsonl --held-out=test.jsonl",
+    "data clean": "sftjax data clean --data=mine.jsonl --held-out=test.jsonl --out=clean.jsonl",
+    "data split": "sftjax data split --data=mine.jsonl --out=mine --config.data.split=98,1,1",
+    "data select": "sftjax data select --data=mine.jsonl --out=some.jsonl --rows=1000",
+    "data convert": "sftjax data convert --data=mine.csv --out=mine.jsonl --config.data.columns.instruction=frage",
+    "data pairs": "sftjax data pairs --data=rankings.jsonl --out=pairs.jsonl",
     "train": "sftjax train --config=configs/sft_lora.py --config.model.path=Qwen/Qwen3-0.6B --workdir=runs/mine",
     "eval": "sftjax eval --workdir=runs/mine",
     "export": "sftjax export --workdir=runs/mine --to=hf --out=mine",
@@ -17,6 +24,32 @@ EXAMPLES = {
     "generate": "sftjax generate --model=mine --data=questions.jsonl --out=answers.jsonl",
     "lm-eval": "sftjax lm-eval --model_args path=mine --tasks gsm8k,hellaswag --batch_size 32",
     "compare": "sftjax compare --model=base --model=tuned=base@adapter --prompts=prompts.yaml --data=test.jsonl --out=compared",
+}
+
+DATA = {  # what may follow the verb data: what it needs, and what it does
+    "check": (
+        "--data=FILE",
+        "Says what rows are, and which cannot be used, repeat others or stand in a held-out file too. Ends with 1 where rows "
+        "cannot be used or stand in the held-out file, else with 0.",
+    ),
+    "clean": (
+        "--data=FILE --out=FILE",
+        "Writes the rows that can be used, each once, and none of a held-out file, with all their columns.",
+    ),
+    "split": (
+        "--data=FILE --out=DIR",
+        "Writes train.jsonl, eval.jsonl and test.jsonl, the parts that training makes by --config.data.split and --config.seed.",
+    ),
+    "select": (
+        "--data=FILE --rows=N --out=FILE",
+        "Writes rows chosen at random by --config.seed and by what they say, wherever they stand in the file.",
+    ),
+    "convert": (
+        "--data=FILE --out=FILE",
+        "Writes rows of any format as the one of its kind that other tools read too: messages, prompt and completion, prompt, "
+        "chosen and rejected, ...",
+    ),
+    "pairs": ("--data=FILE --out=FILE", "Writes every pair that the rankings, trees or pairs of a file make."),
 }
 
 
@@ -32,12 +65,12 @@ def build_parser() -> Parser:
     parser = Parser("sftjax", description=text, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    def verb(name: str, needs: str, help: str) -> argparse.ArgumentParser:
+    def verb(name: str, needs: str, help: str, among: Any = verbs) -> argparse.ArgumentParser:
         """`needs` are checked by `check_needs` and not by argparse, so that a misspelt option is told before a missing one."""
         usage, epilog = f"sftjax {name} {needs} [options]", f"example:\n  {EXAMPLES[name]}"
         raw = argparse.RawDescriptionHelpFormatter
-        p = verbs.add_parser(
-            name, help=help, description=help, usage=usage, epilog=epilog, formatter_class=raw, allow_abbrev=False
+        p = among.add_parser(
+            name.split()[-1], help=help, description=help, usage=usage, epilog=epilog, formatter_class=raw, allow_abbrev=False
         )
         p.set_defaults(needs=needs)
         return p
@@ -71,15 +104,9 @@ def build_parser() -> Parser:
         "--exact", action="store_true", help="compile the step for that TPU too, on this machine (needs pip install libtpu)"
     )
 
-    p = verb("data", "pairs --data=FILE --out=FILE", "Writes every pair that the rankings, trees or pairs of a file make.")
-    p.add_argument("what", nargs="?", metavar="pairs", help="what to write; there is nothing else yet")
-    p.add_argument(
-        "--data", metavar="FILE", help="a path, glob, directory or hub id of rankings in any format that training reads"
-    )
-    p.add_argument("--out", metavar="FILE", help="JSON lines of prompt, chosen and rejected")
-    p.add_argument("--force", action="store_true", help="write over an --out that exists")
-    p.set_defaults(needs="--data=FILE --out=FILE")
-    config(p)
+    p = verb("data", "WHAT --data=FILE", "Looks at files of rows, or writes others from them, in any format that training reads.")
+    p.set_defaults(needs="")  # told by the word after it
+    data_options(p, verb, config)
 
     p = verb("train", "--config=FILE --workdir=DIR", "Runs the config's task in a directory; run again, it resumes.")
     config(p)
@@ -174,6 +201,22 @@ def build_parser() -> Parser:
     )
     compare_options(p)
     return parser
+
+
+def data_options(p: argparse.ArgumentParser, verb: Callable[..., argparse.ArgumentParser], config: Callable[..., None]) -> None:
+    whats = p.add_subparsers(dest="what", metavar="WHAT", title="what to do, each with a --help of its own")
+    for name, (needs, help) in DATA.items():
+        w = verb(f"data {name}", needs, help, whats)
+        w.add_argument("--data", metavar="FILE", help="a path, glob, directory or hub id, in any format that training reads")
+        if name in ("check", "clean"):
+            w.add_argument("--held-out", metavar="FILE", help="rows that should not be in --data, such as a test's")
+        if name == "select":
+            w.add_argument("--rows", type=int, metavar="N", help="how many")
+        if name != "check":
+            kind, what = ("DIR", "a new directory") if name == "split" else ("FILE", "JSON lines")
+            w.add_argument("--out", metavar=kind, help=what)
+            w.add_argument("--force", action="store_true", help="write over an --out that exists")
+        config(w)
 
 
 def compare_options(p: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,21 +64,21 @@ def test_preview(toy, sftjax):
     assert said.splitlines()[-1] == f"next: sftjax train --config={toy.config_file} --workdir=runs/mine"
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", cli.EXAMPLES)
 def test_help_says_what_is_needed_and_ends_with_an_example(sftjax, verb):
-    code, said, _ = sftjax(verb, "--help")
+    code, said, _ = sftjax(*verb.split(), "--help")
     assert code == 0
     assert re.match(rf"usage: sftjax {verb}( \w+)? --", said)
     assert said.rstrip().splitlines()[-1].strip() == cli.EXAMPLES[verb]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", cli.EXAMPLES)
 def test_the_examples_are_understood(verb):
     _, *argv = cli.EXAMPLES[verb].split()
     args, rest = cli.build_parser().parse_known_args(argv)
     args.overrides = cli.overrides(args, rest)
     cli.check_needs(args)
-    assert args.verb == verb
+    assert cli.full_name(args).startswith(verb)
 
 
 def test_pairs_are_written_from_rankings(sftjax, mistake, tmp_path):
@@ -90,9 +91,64 @@ def test_pairs_are_written_from_rankings(sftjax, mistake, tmp_path):
     assert f"3 rows, 1 make no pair, all their answers being equally good or the same\n5 pairs in {out}, 4 ties" in said
     assert [json.loads(line)["rejected"] for line in out.read_text().splitlines()] == ["b", "c", "c", "c", "c"]
     assert "exists already; give --force" in mistake(*argv)
-    assert "has no effect on how rows are read" in mistake(*argv, "--force", "--config.train.steps=3")
-    assert mistake("data", "pears", *argv[2:]).startswith("pears: needs the word pairs after it; for example")
-    assert mistake("data", "pairs").startswith("needs --data=FILE and --out=FILE; for example")
+    assert "has no effect on sftjax data pairs" in mistake(*argv, "--force", "--config.train.steps=3")
+    assert "invalid choice: 'pears' (choose from " in mistake("data", "pears", *argv[2:])
+    assert mistake("data", "pairs").startswith("needs --data=FILE and --out=FILE; for example\n  sftjax data pairs")
+    assert mistake("data").startswith("needs a word after it, one of check, clean, split, select, convert, pairs; for example")
+
+
+def test_rows_are_checked_cleaned_split_selected_and_converted(sftjax, mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"frage": f"q{i}", "antwort": "a"} for i in (1, 2, 3, 4, 2)]
+    rows[2:2], rows[4:4] = [{"frage": "q1", "antwort": "other"}], [{"frage": "q"}]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("held.csv").write_text("frage,antwort\nq4,a\n")
+    names = ["--config.data.columns.instruction=frage", "--config.data.columns.output=antwort"]
+    read = ["--data=mine.jsonl", "--held-out=held.csv", *names]
+    as_read = "read as alpaca (frage as instruction, antwort as output)"
+    code, said, err = sftjax("data", "check", *read)
+    assert (code, said.splitlines()) == (
+        1,
+        [
+            f"mine.jsonl: {as_read}",
+            f"held.csv: {as_read}",
+            "7 rows = 4 good + 1 that cannot be used + 1 that stand in held.csv too + 1 that say what an earlier one says",
+            "formats: alpaca 6",
+            "turns: user 6, assistant 6",
+            "rows that stand in the held-out file too, 1: mine.jsonl:6",
+            "rows that say what an earlier one says, 1: mine.jsonl:7 (as mine.jsonl:2)",
+            "questions with several answers, 1: mine.jsonl:1 and mine.jsonl:3",
+            "",
+        ],
+    )
+    assert err == (
+        "sftjax data: 1 row cannot be used:\n  mine.jsonl:5: antwort: is missing or null\nmend them, or leave them out: "
+        f"sftjax data clean {' '.join(read)} --out=clean.jsonl\n"
+    )
+    code, said, err = sftjax("data", "clean", *read, "--out=clean.jsonl")
+    assert (code, err) == (0, "")
+    _, _, total, bad, then = said.splitlines()
+    assert total.startswith("7 rows = 4 in clean.jsonl + 1 that") and bad == "  mine.jsonl:5: antwort: is missing or null"
+    assert then == f"next: sftjax preview --config=configs/sft_lora.py --config.data.train=clean.jsonl {' '.join(names)}"
+    assert Path("clean.jsonl").read_text().splitlines() == [json.dumps(rows[i]) for i in (0, 1, 2, 3)]
+    read[0] = "--data=clean.jsonl"
+    code, said, err = sftjax("data", "check", *read)
+    assert (code, err) == (0, "") and "4 rows = 4 good\n" in said and said.splitlines()[-1] == then
+    code, said, err = sftjax("data", "split", read[0], *names, "--out=parts", "--config.data.split=2,2")
+    assert (code, err) == (0, "") and "4 rows = 2 train + 2 eval + 0 test\n" in said
+    assert " --config.data.train=parts/train.jsonl " in said and said.endswith(" --config.data.eval=parts/eval.jsonl\n")
+    code, said, err = sftjax("data", "select", read[0], *names, "--out=some.jsonl", "--rows=3")
+    assert (code, err) == (0, "") and "4 rows = 3 in some.jsonl + 1 not taken\n" in said
+    code, said, err = sftjax("data", "convert", read[0], *names, "--out=all.jsonl")
+    assert (code, err) == (0, "") and "4 rows = 4 as messages in all.jsonl\n" in said
+    assert said.splitlines()[-1] == "next: sftjax preview --config=configs/sft_lora.py --config.data.train=all.jsonl"
+    assert mistake("data", "check", "--data=held.csv", "--held-out=held.csv", *names).startswith(
+        "1 row is in held.csv too; leave"
+    )
+    assert mistake("data", "check", "--data=all.jsonl", "--config.task=spp").startswith("--config.task=spp: needs one of sft")
+    assert "no format with pairs" in mistake("data", "check", "--data=all.jsonl", "--config.task=dpo")
+    assert mistake("data", "select", "--data=all.jsonl", "--out=few.jsonl", "--rows=0").startswith("--rows=0: needs a number")
+    assert mistake("data", "check", "--data=x", "--held=y").endswith("did you mean --held-out?; see sftjax data check --help")
 
 
 def test_no_verb_shows_them_all(sftjax):

@@ -89,32 +89,39 @@ def encode_one(chat: Chat, example: Example, want: str = "answers") -> Done:
     except RowError as e:
         reason = f"with answer {len(encoded) + 1}, {e.reason}" if len(example.answers or ()) > 1 else e.reason
         return [Rejected(example.source, example.line, e.field, reason)]
-    key = content_key(example)
+    key, prompt = keys(example, want == "prompts")
     if want == "prompts":
         ids, weights = encoded[0]
         place = example.source, example.line
-        return [Row(*place, key, prompt_key(example), True, False, ids, weights, [(len(ids), 1)], dumps(example))]
+        return [Row(*place, key, prompt, True, False, ids, weights, [(len(ids), 1)], dumps(example))]
     terminated = [chat.check(part, example) is None for part in encoded]
 
-    def joined(slots: Mapping[int, int], example: Example, prompt: int, tied: bool = False) -> Row:
+    def joined(slots: Mapping[int, int], example: Example, tied: bool = False) -> Row:
         ids, weights = (np.concatenate(columns) for columns in zip(*(encoded[k] for k in slots)))
         parts = [(len(encoded[k].ids), slot) for k, slot in slots.items()]
         ends = all(terminated[k] for k in slots)
         return Row(example.source, example.line, key, prompt, ends, tied, ids, weights, parts, dumps(example))
 
     if example.answers is None:
-        return [joined({0: 1}, example, key)]
-    answers, prompt = example.answers, content_key(replace(example, answers=None))
-    rows: Done = [
-        joined(slots, replace(example, answers=tuple(answers[k] for k in slots)), prompt) for slots in sides(answers, want)
-    ]
-    return rows or [joined({k: k + 1 for k in range(len(answers))}, example, prompt, tied=True)]
+        return [joined({0: 1}, example)]
+    answers = example.answers
+    rows: Done = [joined(slots, replace(example, answers=tuple(answers[k] for k in slots))) for slots in sides(answers, want)]
+    return rows or [joined({k: k + 1 for k in range(len(answers))}, example, tied=True)]
 
 
 def question(chat: Chat, example: Example) -> Encoded:
     """What the row asks, of which nothing is trained."""
     ids = chat.ask(example)
     return finish(ids, np.zeros(len(ids), np.float32))
+
+
+def keys(example: Example, asks: bool) -> tuple[int, int]:
+    """64 bits each of the hashes of what the row says and of what rows like it are split by: their prompts, where they are
+    preferences or only ask; else the same."""
+    key = content_key(example)
+    if asks:
+        return key, prompt_key(example)
+    return key, key if example.answers is None else content_key(replace(example, answers=None))
 
 
 def prompt_key(example: Example) -> int:

@@ -55,6 +55,11 @@ class Example:
         messages = self.messages or ()
         return messages[:-1] if messages and messages[-1].role == "assistant" else messages
 
+    def turns(self) -> Iterator[Message]:
+        """Those of a conversation, or of a prompt and then of its answers."""
+        for said in (self.messages or (), *(answer.said for answer in self.answers or ())):
+            yield from () if isinstance(said, str) else said
+
     def alone(self) -> Iterator[Example]:
         """Each answer with its prompt, as the example that supervised fine-tuning would see; itself where it has none."""
         if self.answers is None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from sftjax.config import UserError
 from sftjax.data import preferences
@@ -39,6 +39,15 @@ class Rejected:
         return f"{self.source}:{self.line}: {self.field + ': ' if self.field else ''}{self.reason}"
 
 
+class Read(NamedTuple):
+    """A row of a file, how its source is read, and what the row is: an Example, or several of a tree, or why it is none."""
+
+    file: str
+    line: int
+    layout: Layout | None
+    found: list[Example] | Rejected
+
+
 def read_examples(
     spec: Any, data: Any, say: Callable[[str], None] | None = None, want: str = "answers"
 ) -> Iterator[Example | Rejected]:
@@ -47,19 +56,26 @@ def read_examples(
     `say` is told how each source was understood; `want` is a key of layouts.FORMATS. Raises UserError where a source cannot
     be found, has no known layout, or does not hold what is wanted.
     """
-    known = _labels(data) if want in ("answers", "classes", "prompts") else ()
-    wishes = Wishes(dict(data.roles), data.system, data.label_prompt, known, want == "prompts")
+    for row in read_rows(spec, data, say, want):
+        yield from [row.found] if isinstance(row.found, Rejected) else row.found
+
+
+def read_rows(spec: Any, data: Any, say: Callable[[str], None] | None = None, want: str = "answers") -> Iterator[Read]:
+    """The same, a Read for each row of the files."""
+    known = _labels(data) if want in ("answers", "classes", "prompts", "any") else ()
+    given = Wishes(dict(data.roles), data.system, data.label_prompt, known)
     for source in sources(spec):
-        layout, rows = _open(source, data, want)
+        layout, rows = open_source(source, data, want)
         if layout and say:
             say(f"{source.path}: read as {layout}")
+        wishes = replace(given, asks=want == "prompts" or (want == "any" and layout is not None and layout.format == "prompt"))
         for file, line, row in rows:
             try:
                 if isinstance(row, RowError):
                     raise row
-                yield from to_examples(row, layout, wishes, source=file, line=line)
+                yield Read(file, line, layout, to_examples(row, layout, wishes, source=file, line=line))
             except RowError as e:
-                yield Rejected(file, line, e.field, e.reason + of_another(row, layout, want))
+                yield Read(file, line, layout, Rejected(file, line, e.field, e.reason + of_another(row, layout, want)))
 
 
 def counted(n: int) -> str:
@@ -70,16 +86,18 @@ def fail_on(
     rejected: Sequence[Rejected],
     fault: str = "cannot be used",
     mend: str = "\nmend them, or leave them out with --config.data.on_bad_row=skip",
+    total: int = 0,
 ) -> None:
-    """Raises UserError with the first bad rows and their total, where there are any."""
+    """Raises UserError with the first bad rows and their total, where there are any; `total` where only the first are given."""
     if not rejected:
         return
+    total = total or len(rejected)
     shown = "".join(f"\n  {bad}" for bad in rejected[:SHOWN])
-    more = f"\n  ... and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
-    raise UserError(f"{counted(len(rejected))} {fault}:{shown}{more}{mend}")
+    more = f"\n  ... and {total - SHOWN} more" if total > SHOWN else ""
+    raise UserError(f"{counted(total)} {fault}:{shown}{more}{mend}")
 
 
-def _open(source: Source, data: Any, want: str = "answers") -> tuple[Layout | None, Iterator[tuple[str, int, Any]]]:
+def open_source(source: Source, data: Any, want: str = "answers") -> tuple[Layout | None, Iterator[tuple[str, int, Any]]]:
     """The layout of a source, None where no row of it is readable, and (file, line, row or RowError) of all its rows."""
     columns = {name: str(own) for name, own in (dict(data.columns) if source.columns is None else source.columns).items()}
     numbers = tuple(columns.values()) if all(own.isdigit() for own in columns.values()) else ()
@@ -89,7 +107,7 @@ def _open(source: Source, data: Any, want: str = "answers") -> tuple[Layout | No
     for item in rows:
         held.append(item)
         if isinstance(item[2], (dict, str)):
-            first.append(_named(item[2]))
+            first.append(as_row(item[2]))
         if len(first) == PEEK:
             break
     if held and all(isinstance(row, NoRows) for _, _, row in held):
@@ -106,11 +124,17 @@ def _labels(data: Any) -> tuple[str, ...]:
     return labels(data, LABELS, "{labels} in --config.data.label_prompt") if "{labels}" in data.label_prompt else ()
 
 
+def layouts(spec: Any, data: Any, want: str) -> dict[str, Layout]:
+    """How each of the sources is read, by its path; without those that have no readable row. Raises UserError."""
+    found = {source.path: open_source(source, data, want)[0] for source in sources(spec)}
+    return {path: layout for path, layout in found.items() if layout}
+
+
 def labels(data: Any, most: int, what_for: str) -> tuple[str, ...]:
     """All the labels in the training sources of `data`, sorted. Raises UserError where there are more than `most`."""
     found: set[str] = set()
     for source in sources(data.train):
-        layout, rows = _open(source, data)
+        layout, rows = open_source(source, data)
         if layout is None or layout.format != "label":
             continue
         for _, _, row in rows:
@@ -128,7 +152,7 @@ def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label)))
 
 
-def _named(row: Any) -> Any:
+def as_row(row: Any) -> Any:
     """A bare string, as in a JSON list of strings, is a row of text."""
     return {"text": row} if isinstance(row, str) else row
 
@@ -141,7 +165,7 @@ def to_example(row: Any, layout: Layout | None, wishes: Wishes, *, source: str, 
 
 def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str, line: int) -> list[Example]:
     """The Examples that `row` is: one, but for a tree of rankings. Raises RowError, with the field as the file names it."""
-    row = _named(row)
+    row = as_row(row)
     if layout is None or not isinstance(row, dict):
         raise RowError("", f"the row is {named(row)}, must be an object with named fields")
     refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")

@@ -44,13 +44,14 @@ NEEDS = {
     "unpaired": ("label",),
     "tree": ("message_tree_id",),
 }
-FORMATS = {  # what is wanted -> the formats that have it, in the order in which they are recognised
+FORMATS = {  # what is wanted -> the formats that have it, in the order in which they are recognised; "any" where no task says
     "answers": ("messages", "sharegpt", "alpaca", "prompt_completion", "label", "text"),
     "pairs": ("pair", "ranking", "tree"),
     "rankings": ("pair", "ranking", "tree"),
     "labels": ("unpaired", "pair"),
     "classes": ("label",),
     "prompts": ("messages", "sharegpt", "prompt_completion", "alpaca", "label", "prompt", "text"),
+    "any": tuple(NEEDS),
 }
 WANTED = {"answers": "one answer a row", "pairs": "pairs", "rankings": "rankings", "labels": "answers labelled good or bad"}
 WANTED |= {"classes": "a text and its label", "prompts": "a prompt"}
@@ -119,6 +120,8 @@ def detect(
             raise UserError(f"--config.data.columns.{name}={own}: no format has a column {name}{hint}")
         if name not in KEYS and not any(own in row or pick(row, own) is not None for row in rows):
             raise UserError(f"--config.data.columns.{name}={own}: {source} has no such column; it has {_listing(seen)}")
+    if want == "any":
+        want = _held(rows, seen, format, columns)
     if want == "answers":
         _refuse_preferences(rows, source, format, columns)
     if format != "auto" and format not in FORMATS[want]:
@@ -161,19 +164,46 @@ def of_another(row: Any, layout: Layout | None, want: str) -> str:
     return f"; by its columns it is {other}, and the source is read as {layout.format}: {mend}" if other else ""
 
 
+def _held(rows: Sequence[dict[str, Any]], seen: list[str], format: str, columns: Mapping[str, str]) -> str:
+    """What the rows hold, where no task says what is wanted: preferences that show it, else answers, else what else there is."""
+    kinds = ("answers", "pairs", "labels", "prompts")
+    if format != "auto":
+        return next(kind for kind in kinds if format in FORMATS[kind])
+    if _compared(rows, columns):
+        return "pairs"
+    if _marked(rows):
+        return "labels"
+    return next((kind for kind in kinds if any(_fit(format, seen, columns) for format in FORMATS[kind])), "answers")
+
+
+def _compared(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> tuple[str, str] | None:
+    """The columns of good and bad answers that stand side by side, but for good ones that the user reads as answers."""
+    unread = [(good, bad) for good, bad in PREFERENCES if good not in columns.values()]
+    return next(((good, bad) for good, bad in unread if any(good in row and bad in row for row in rows)), None)
+
+
+def _marked(rows: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """The column that says which answers are good and which are bad, and the first row with it."""
+    for row in rows:
+        if isinstance(row.get("kto_tag"), bool):
+            return "kto_tag", row
+        if isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row):
+            return "label", row
+    return None
+
+
 def _refuse_preferences(rows: Sequence[dict[str, Any]], source: str, format: str, columns: Mapping[str, str]) -> None:
     """Good and bad answers side by side would be trained on alike: only where the user says so."""
     if format != "auto":
         return
-    for good, bad in PREFERENCES:
-        if good not in columns.values() and any(good in row and bad in row for row in rows):
-            hint = "; to train on the chosen answers alone: --config.data.columns.completion=chosen" if good == "chosen" else ""
-            raise UserError(f"{source}: holds preferences ({good}, {bad}), which this task does not train on{hint}")
-    marked = [row for row in rows if isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row)]
-    if marked:
-        told = "messages" if "messages" in marked[0] else "prompt_completion"
+    if compared := _compared(rows, columns):
+        hint = "; to train on the chosen answers alone: --config.data.columns.completion=chosen" if "chosen" in compared else ""
+        raise UserError(f"{source}: holds preferences ({', '.join(compared)}), which this task does not train on{hint}")
+    if marked := _marked(rows):
+        column, row = marked
+        told = next((f for f in FORMATS["answers"] if _fit(f, list(row), columns)), "messages")
         raise UserError(
-            f"{source}: its label column says which answers are good and which are bad (KTO), and this task would "
+            f"{source}: its {column} column says which answers are good and which are bad (KTO), and this task would "
             f"train on both; keep the good ones, or train on all with --config.data.format={told}"
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,6 +117,30 @@ def whole(target: Path) -> Iterator[TextIO]:
         raise UserError(f"--out={target}: cannot be written ({e.strerror or e})") from e
     finally:
         part.unlink(missing_ok=True)
+
+
+def json_lines(out: str, *, force: bool) -> Path:
+    """As `new_file`, of a file that is read again by its name."""
+    target = new_file(out, force=force)
+    if target.suffix.lower() not in (".jsonl", ".ndjson") and (target.is_file() or not target.exists()):
+        raise UserError(f"--out={out}: what is written is JSON lines, a row each; name it .jsonl")
+    return target
+
+
+def json_line(row: Any) -> str:
+    """`row` as a line. What JSON has no word for is its text, and a number that is none is null."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    except ValueError:
+        return json_line(_finite(row))
+
+
+def _finite(held: Any) -> Any:
+    if isinstance(held, dict):
+        return {key: _finite(inner) for key, inner in held.items()}
+    if isinstance(held, list):
+        return [_finite(inner) for inner in held]
+    return None if isinstance(held, float) and not math.isfinite(held) else held
 
 
 class Journal:

@@ -29,7 +29,7 @@ from sftjax.data.formats import Rejected, counted, fail_on, read_examples
 from sftjax.data.ledger import KEPT, Ledger
 from sftjax.data.lines import open_bytes
 from sftjax.data.readers import kind, read, resolve
-from sftjax.data.rows import Rows, split, split_keys
+from sftjax.data.rows import Rows, parted
 from sftjax.data.sources import Source, sources
 
 Say = Callable[[str], None]
@@ -233,17 +233,7 @@ def parts(ledger: Ledger, training: int, config: ConfigDict, say: Say) -> np.nda
     """0 = train, 1 = eval, 2 = test of every row; by content where no rows are held out by data.eval."""
     if config.data.eval:
         return (ledger.store >= training).astype(np.int8)
-    shares = [*config.data.split, 0, 0][:3]
-    if min(shares) < 0 or not shares[0]:
-        raise UserError(f"data.split={config.data.split}: needs train : eval : test shares, train above 0, e.g. 8,1,1")
-    alone = ledger.want in ("answers", "classes")
-    keys = ledger.key if alone else split_keys(ledger.prompt, ledger.key, shares)
-    if not alone and keys is ledger.key:
-        say(
-            "warning: one prompt has more rows than the held-out share, so rows are split one by one and the same prompt is in "
-            "train, eval and test"
-        )
-    return split(keys, shares, config.seed)
+    return parted(ledger.prompt, ledger.key, config.data.split, config.seed, say)
 
 
 def leaks(ledger: Ledger, part: np.ndarray) -> int:

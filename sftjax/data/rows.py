@@ -9,13 +9,14 @@ tell what was learnt by heart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from sftjax.config import UserError
 from sftjax.data.cache import Store
 from sftjax.data.example import Example
 from sftjax.data.pack import Plan, fill, permutation, plan
@@ -157,8 +158,26 @@ def with_others(rows: Rows, prompts: np.ndarray, max_length: int) -> Rows:
     return replace(rows, lengths=rows.lengths + lengths, other=other)
 
 
+def parted(
+    prompts: np.ndarray, keys: np.ndarray, shares: Sequence[float], seed: int, say: Callable[[str], None] = print
+) -> np.ndarray:
+    """The part (0 = train, 1 = eval, 2 = test) of every row, by the hashes of encode.keys; `shares` as in data.split."""
+    three = [*shares, 0, 0][:3]
+    if min(three) < 0 or not three[0]:
+        raise UserError(f"data.split={shares}: needs train : eval : test shares, train above 0, e.g. 8,1,1")
+    by = split_keys(prompts, keys, three)
+    if by is not prompts:
+        say(
+            "warning: one prompt has more rows than the held-out share, so rows are split one by one and the same prompt is in "
+            "train, eval and test"
+        )
+    return split(by, three, seed)
+
+
 def split_keys(prompts: np.ndarray, keys: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     """What rows are split by: the hashes of their prompts, or of all they say where one prompt has more than a share's rows."""
+    if np.array_equal(prompts, keys):
+        return prompts
     distinct = np.unique(np.stack([prompts, keys]), axis=1)
     _, counts = np.unique(distinct[0], return_counts=True)
     least = min(share for share in shares if share) / sum(shares) * counts.sum()

@@ -41,7 +41,7 @@ def staged(out: str | Path, source: str | Path) -> Iterator[Path]:
         tmp.mkdir(parents=True)
         yield tmp
         (tmp / MARK).write_text(json.dumps({"sftjax": version("sftjax"), "source": str(source)}) + "\n")
-        _swap(tmp, out)
+        swap(tmp, out)
     except OSError as e:
         place = f", {e.filename}" if e.filename and not Path(e.filename).is_relative_to(tmp) else ""
         why = "no space left on the disk" if e.errno == errno.ENOSPC else f"cannot be made ({e.strerror or e}{place})"
@@ -85,7 +85,7 @@ def host() -> str:
         return socket.gethostname()
 
 
-def _swap(tmp: Path, out: Path) -> None:
+def swap(tmp: Path, out: Path) -> None:
     old = tmp.with_suffix(".old")
     if out.exists():
         out.rename(old)

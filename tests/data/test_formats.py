@@ -278,6 +278,7 @@ def test_columns_of_any_name_even_inside_others(load):
         ({"a": "b"}, {"columns": {"txt": "a"}}, ("no format has a column txt; did you mean text?",)),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {}, ("preferences (chosen, rejected)", "columns.completion=chosen")),
         ({"prompt": "q", "completion": "a", "label": False}, {}, ("KTO", "--config.data.format=prompt_completion")),
+        ({"instruction": "q", "output": "a", "kto_tag": True}, {}, ("its kto_tag column", "--config.data.format=alpaca")),
         ({"text": "t", "label": 1}, {"label_prompt": "no place"}, ("label_prompt='no place': has no {text}",)),
     ],
 )
