@@ -35,7 +35,7 @@ from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import Rejected
 from sftjax.hf.staging import unfinished
 
-VERSION = 7  # of what encoding a row means and how a store is laid out; part of every key
+VERSION = 8  # of what encoding a row means and how a store is laid out; part of every key
 ROW = np.dtype(
     [
         *(("source", "<i4"), ("line", "<i8"), ("key", "<u8"), ("prompt", "<u8")),

@@ -9,7 +9,7 @@
     ranking, tree                prompt, answers, ranks
     unpaired                     prompt, completion, label
 
-Beside them are `tags` where the source has any, and `system` where it is no turn. Each row is read back as it is written.
+Beside them are a row's `tags`, and `system` where it is no turn. Each row is read back as it is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sftjax.data.pairs import written
 from sftjax.data.read_json import loads
 
 KNOWN_AS = {"sharegpt": "messages", "alpaca": "messages", "tree": "ranking"}  # the others are what they are
-BESIDE = {  # columns that every row has where some may, so that the first rows tell of them
+BESIDE = {  # columns that a row may have besides
     **dict.fromkeys(("messages", "prompt", "pair", "ranking", "unpaired"), ("tools", "tags")),
     "prompt_completion": ("system", "tools", "tags"),
     "label": ("system", "tags"),
@@ -60,8 +60,6 @@ def convert(
     data.label_prompt = "{text}"
     how = layouts(spec, data, want)
     format = one_format(how)
-    seen = {name for layout in how.values() for name in layout.columns} | ({"system"} if data.system else set())
-    beside = tuple(name for name in BESIDE[format] if name in seen)
     bad: list[Rejected] = []
     count, roles = Counter[str](), Counter[str]()
 
@@ -76,7 +74,7 @@ def convert(
             if isinstance(example, Rejected):
                 refuse(example)
             else:
-                yield example, as_columns(example, format, beside)
+                yield example, as_columns(example, format)
 
     rows = good()
     first = list(islice(rows, PEEK))
@@ -113,7 +111,7 @@ def one_format(how: dict[str, Layout]) -> str:
     return becomes.get(first, "text")
 
 
-def as_columns(example: Example, format: str, beside: tuple[str, ...]) -> dict[str, Any]:
+def as_columns(example: Example, format: str) -> dict[str, Any]:
     """The example as a row of that format."""
     messages, system = example.messages or (), None
     if format in ("label", "prompt_completion") and messages and messages[0].role == "system" and messages[0].loss is None:
@@ -136,8 +134,8 @@ def as_columns(example: Example, format: str, beside: tuple[str, ...]) -> dict[s
             row = {"prompt": prompt, "completion": said[0], "label": example.answers[0].rank == 1}  # type: ignore[index]
         case _:
             row = {"prompt": prompt, "answers": said, "ranks": [answer.rank for answer in example.answers or ()]}
-    more = {"system": system, "tools": list(example.tools or ()) or None, "tags": list(example.tags) or None}
-    return (example.columns or {}) | row | {name: more[name] for name in beside}
+    more = {"system": system, "tools": list(example.tools or ()), "tags": list(example.tags)}
+    return (example.columns or {}) | row | {name: more[name] for name in BESIDE[format] if more[name]}
 
 
 def cut(messages: tuple[Message, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

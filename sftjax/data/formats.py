@@ -168,6 +168,7 @@ def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str,
     row = as_row(row)
     if layout is None or not isinstance(row, dict):
         raise RowError("", f"the row is {named(row)}, must be an object with named fields")
+    layout = layout.of(row)
     refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")
     held = Row(row, layout.columns)
     tags = tags_of(held, layout.tagged)

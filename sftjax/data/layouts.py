@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sftjax.config import UserError
@@ -88,6 +88,7 @@ ALIASES = {
     "message_tree_id": ("message_id",),
 }
 CANONICAL = tuple(dict.fromkeys(name for format in NEEDS for name in NEEDS[format] + MAY[format]))
+KNOWN = frozenset(CANONICAL).union(*ALIASES.values())
 PREFERENCES = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("answers", "ranks"), ("answers", "scores"))
 
 
@@ -103,6 +104,12 @@ class Layout:
     def __str__(self) -> str:
         renamed = [f"{own} as {name}" for name, own in self.columns.items() if own != name]
         return f"{self.format} ({', '.join(renamed)})" if renamed else self.format
+
+    def of(self, row: Mapping[str, Any]) -> Layout:
+        """With the columns that may be there and come first in this row: a source's first rows may lack them all."""
+        fresh = [name for name in row if name in KNOWN and name not in self.columns.values()]
+        found = _fit(self.format, fresh, self.columns) if fresh else None
+        return replace(self, columns=found) if found else self
 
 
 def detect(

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from sftjax.config import UserError, default
 from sftjax.data.formats import as_row, fail_on, layouts, open_source
-from sftjax.data.layouts import KEYS, MAY, Layout
 from sftjax.data.lines import json_line, json_lines, whole
 from sftjax.data.rows import mix, parted
 from sftjax.data.sources import sources
@@ -136,14 +135,7 @@ def lines(spec: Any, data: ConfigDict, want: str) -> Iterator[str]:
     for source in sources(spec):
         layout, rows = open_source(source, data, want)
         for _, _, row in rows:
-            yield json_line(full(as_row(row), layout)) if layout and isinstance(row, (dict, str)) else ""
-
-
-def full(row: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """The row, with null in the columns that it lacks and others have: how a file is read is found from its first rows, which are
-    others now."""
-    has = (own for name, own in layout.columns.items() if name in MAY[layout.format] and name not in KEYS and "." not in own)
-    return row | {own: None for own in has if own not in row}
+            yield json_line(as_row(row)) if layout and isinstance(row, (dict, str)) else ""
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Every format becomes the same few Examples, and every row is checked: what is wrong is told by file, line and field."""
 
 import json
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -293,6 +294,22 @@ def test_what_was_refused_can_be_asked_for(load):
     assert one(load(pair, columns={"completion": "chosen"})).completion == ("q", "a")
     marked = {"prompt": "q", "completion": "a", "label": True}
     assert one(load(marked, format="prompt_completion")).completion == ("q", "a")
+
+
+@pytest.mark.parametrize(
+    ("plain", "more"),
+    [
+        ({"question": "q", "answer": "a"}, {"system_prompt": "s", "functions": [TOOL], "context": "i", "history": [["x", "y"]]}),
+        ({"conversations": [Q, A]}, {"system": "s", "tools": json.dumps([TOOL]), "tags": ["t"]}),
+        ({"messages": [Q, A], "id": 1}, {"tools": [TOOL], "tags": "t"}),
+        ({"text": "x", "label": "y"}, {"system": "s", "tags": "t"}),
+        ({"text": "x"}, {"tags": ["t", "u"]}),
+    ],
+)
+def test_a_column_that_comes_late_is_read_as_one_that_was_there_from_the_first(load, plain, more):
+    late, first = load(*[plain] * 120, plain | more)[-1], load(plain | more, plain)[0]
+    assert isinstance(late, Example) and late != load(*[plain] * 121)[-1]
+    assert replace(late, line=1) == first
 
 
 def test_how_a_source_was_understood_is_said(load):
