@@ -305,6 +305,7 @@ def numbers(option: str, text: str | None) -> list[float] | None:
 
 def what_next(to: str, out: str, quantize: str | None) -> str:
     """The command that uses an export; what lies there says whether it is an adapter, and over what."""
+    from sftjax.hf.ollama import CONVERTER, GGUF
 
     def scoring(labels: Collection[str]) -> str:
         return "sftjax.classify(model, texts)" if len(labels) > 1 else "sftjax.rewards(model, conversations)"
@@ -314,6 +315,8 @@ def what_next(to: str, out: str, quantize: str | None) -> str:
         whole = json.loads(file.with_name("config.json").read_text())
         if "id2label" in whole:
             return f"python: model = sftjax.load({out!r}); {scoring(whole['id2label'])}"
+        if to == "ollama":
+            return f"python {CONVERTER} {out} --outfile {out}/{GGUF} && ollama create NAME -f {out}/Modelfile"
         return f"vllm serve {out}" if to == "vllm" else f"sftjax chat --model={out}"
     adapter = json.loads(file.read_text())
     base = adapter["base_model_name_or_path"]

@@ -155,9 +155,9 @@ def build_parser() -> Parser:
     p.add_argument(
         "--to",
         default="hf",
-        choices=["hf", "peft", "vllm", "sftjax"],
+        choices=["hf", "peft", "vllm", "ollama", "sftjax"],
         help="merged checkpoint (default), PEFT adapter, adapter for vLLM (merged where vLLM would refuse it), "
-        "or sftjax's own form, for bottleneck adapters",
+        "merged checkpoint with a Modelfile for Ollama, or sftjax's own form, for bottleneck adapters",
     )
     p.add_argument("--out", metavar="DIR", help="where to; an earlier export there is replaced")
     p.add_argument(

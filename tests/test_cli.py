@@ -270,6 +270,12 @@ def test_a_run_and_its_data_are_evaluated(toy, sftjax, mistake, tmp_path):
     [
         ("hf", "nf4", None, "sftjax chat --model=OUT"),
         ("vllm", None, None, "vllm serve OUT"),  # merged, since vLLM would not serve the adapter
+        (
+            "ollama",
+            None,
+            None,
+            "python llama.cpp/convert_hf_to_gguf.py OUT --outfile OUT/model.gguf && ollama create NAME -f OUT/Modelfile",
+        ),
         ("vllm", None, 16, "vllm serve base --enable-lora --lora-modules mine=OUT"),
         ("vllm", "nf4", 33, "vllm serve base --enable-lora --max-lora-rank=64 --lora-modules mine=OUT"),
         ("peft", None, 8, "sftjax chat --model=base --adapter=OUT"),

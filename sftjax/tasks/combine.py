@@ -6,6 +6,7 @@ W + sum_i weight_i * scale_i * a_i @ b_i, exactly: their ranks stand side by sid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sftjax import tree
@@ -13,8 +14,9 @@ from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.data.tokenizer import open_tokenizer, tokenizer_place
 from sftjax.hf.load import load_config, load_params, read_json, resize_embeddings, resolve
+from sftjax.hf.ollama import put
 from sftjax.hf.peft import load_adapter, saved_modules, with_head
-from sftjax.tasks.export import probe_rows, refuse_beside_adapter, served, write
+from sftjax.tasks.export import ollama, probe_rows, refuse_beside_adapter, say_unlike, served, write
 from sftjax.weights.describe import bottlenecks, trained_tokens
 from sftjax.weights.lora import combine
 from sftjax.weights.targets import saved
@@ -33,12 +35,12 @@ def export_adapters(
     """Writes `adapters` over `model` to `out`, reads it back and compares log-probs; returns the largest difference.
 
     `weights`, one for each adapter, are equal shares of 1 where not given. Tokenizer and chat template are the first adapter's,
-    where it has them. `to` is hf, peft or vllm, and `dtype` as in `export`. Raises UserError and ExportError.
+    where it has them. `to` is hf, peft, vllm or ollama, and `dtype` as in `export`. Raises UserError and ExportError.
     """
     out = Path(out).expanduser()
     shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if to not in ("hf", "peft", "vllm"):
-        raise UserError(f"--to={to}: adapters over a --model are written as hf, peft or vllm")
+    if to not in ("hf", "peft", "vllm", "ollama"):
+        raise UserError(f"--to={to}: adapters over a --model are written as hf, peft, vllm or ollama")
     if len(shares) != len(adapters):
         raise UserError(f"--weights has {len(shares)} numbers and there are {len(adapters)} of --adapter; give each its own")
     if not any(shares):
@@ -54,6 +56,8 @@ def export_adapters(
     base, config = resize_embeddings(base, config, len(tokenizers[0]))
     base, config = with_head(base, config, places[0])
     loaded = [load_adapter(base, place) for place in places]
+    chat = Chat(tokenizers[0])
+    asked = ollama(chat, directory, config.labels) if to == "ollama" else None
     alone = len(loaded) == 1 and weights is None
     for adapter, params in zip(adapters, loaded):
         if bottlenecks(params):
@@ -78,10 +82,11 @@ def export_adapters(
         form,
         merged={
             "dtype": dtype,
-            "stop_ids": Chat(tokenizers[0]).stop_ids,
+            "stop_ids": chat.stop_ids,
             "untouched": {path for path, w in leaves.items() if w is bases[path]},
         },
         adapter={"base_name": str(model), "saved": whole},
+        beside=asked and partial(put, asked),
         source=directory,
         out=out,
         tokenizer=None if tokenizer_place(directory, places[0]) == directory else tokenizers[0],
@@ -89,6 +94,8 @@ def export_adapters(
     )
     told = f"{verified.most:.1e} over {sum(map(len, rows)):,} tokens"
     say(f"wrote {out} and read it back: log-probs differ by at most {told}")
+    if asked:
+        say_unlike(asked, out, say)
     return verified.most
 
 

@@ -1,6 +1,7 @@
 """Out again: a run's weights as a Hugging Face checkpoint, or what it added to its base as an adapter.
 
     hf      everything, merged into one checkpoint        any method but adapter
+    ollama  the same, and the Modelfile of what llama.cpp converts it to
     peft    an adapter that PEFT loads over the base      lora, tokens
     vllm    the same as vLLM serves it; what it would refuse (`hf.peft.unserved`) is merged as for hf
     sftjax  bottleneck adapters, which no other library knows
@@ -24,14 +25,16 @@ from sftjax import config as schema
 from sftjax import hosts, sharding, tree
 from sftjax.config import UserError
 from sftjax.data.chat import Chat
+from sftjax.generate.open import ends
 from sftjax.hf.load import load_params
 from sftjax.hf.model import dtype_name
+from sftjax.hf.ollama import Modelfile, modelfile, put
 from sftjax.hf.peft import save_adapter, unserved
 from sftjax.hf.save import save
 from sftjax.hf.verify import Verified, distance, score, verify
 from sftjax.models.config import DecoderConfig
 from sftjax.tasks.base import Base
-from sftjax.train.card import card
+from sftjax.train.card import card, put_card
 from sftjax.train.checkpoint import Checkpoints
 from sftjax.train.files import directory
 from sftjax.train.manifest import hash_template, hash_tokenizer, hash_weights
@@ -42,10 +45,10 @@ from sftjax.weights import method, select
 from sftjax.weights.describe import over
 
 FORMS = {
-    "lora": ("hf", "peft", "vllm"),
-    "tokens": ("hf", "peft", "vllm"),
-    "full": ("hf",),
-    "freeze": ("hf",),
+    "lora": ("hf", "peft", "vllm", "ollama"),
+    "tokens": ("hf", "peft", "vllm", "ollama"),
+    "full": ("hf", "ollama"),
+    "freeze": ("hf", "ollama"),
     "adapter": ("sftjax",),
 }
 
@@ -73,6 +76,7 @@ def export(
     dtype = dtype and dtype_name(dtype)
     start = Base(config, (read_json(workdir / "manifest.json") or {}).get("labels", ()))
     refuse_another_base(workdir, start)
+    asked = ollama(start.chat, start.directory, start.labels, config.data.system) if to == "ollama" else None
     own_padding = start.chat.tokenizer.pad_token_id if start.labels else None
     padding = pad_with(start.chat, ends=config.task == "reward") if start.labels else None
     decoder, params, mask = start.build(sharding.make_mesh(1, 1, 1))
@@ -86,6 +90,12 @@ def export(
     if base == "original":
         trained_over = score(params, decoder.config, rows)
         params = over(params, start.headed(load_params(start.directory, start.source_config))[0])
+
+    def beside(directory: Path) -> None:
+        put_card(card(workdir, out.resolve().name, form, step), directory)
+        if asked:
+            put(asked, directory)
+
     verified = write(
         params,
         decoder.config,
@@ -99,7 +109,7 @@ def export(
         },
         adapter={"base_name": config.model.path, "saved": whole},
         quantisers=method.quantiser(start.shapes, config, start.modules),
-        card=card(workdir, out.resolve().name, form, step),
+        beside=beside,
         source=start.directory,
         out=out,
         tokenizer=start.chat.tokenizer if changed or start.tokenizer_directory != start.directory else None,
@@ -108,6 +118,8 @@ def export(
     most, compared = verified.most, sum(map(len, rows))
     what = "scores" if start.labels else "log-probs"
     say(f"wrote step {step} to {out} and read it back: {what} differ by at most {most:.1e} over {compared:,} tokens")
+    if asked:
+        say_unlike(asked, out, say)
     if base == "original":
         mean, most = distance(trained_over, verified.scores)
         say(
@@ -127,11 +139,11 @@ def write(
     adapter: Mapping[str, Any],
     source: Path,
     quantisers: Mapping[str, Any] | None = None,
-    card: str = "",
+    beside: Callable[[Path], None] | None = None,
     **shared: Any,
 ) -> Verified:
     """Writes `params` in a form and reads it back. `merged` goes to `hf.save` alone, `adapter` to `hf.peft`, `shared` to both;
-    `card` begins the README.md.
+    `beside` is given the directory, to add to it.
 
     `params` are given away: they are deleted once written, so that the devices never hold both models.
     """
@@ -142,10 +154,8 @@ def write(
         for x in jax.tree.leaves(params):
             x.delete()
         found.append(verify(directory, ours, config, rows, adapter_of=of, quantisers=quantisers))
-        if card:
-            readme = directory / "README.md"
-            own = f"\n{readme.read_text(encoding='utf-8')}" if readme.exists() else ""
-            readme.write_text(card + own, encoding="utf-8")
+        if beside:
+            beside(directory)
 
     if form == "hf":
         save(params, config, source=source, check=check, **merged, **shared)
@@ -173,7 +183,7 @@ def refuse_form(to: str, base: str | None, dtype: str | None, config: ConfigDict
     if base and config.model.quantize is None:
         raise UserError(f"--base={base}: the run's base was not quantised (model.quantize); leave --base out")
     if to != "vllm":  # what that becomes is known when the weights are
-        refuse_beside_adapter(to, to, base, dtype)
+        refuse_beside_adapter(to, "hf" if to == "ollama" else to, base, dtype)
 
 
 def refuse_beside_adapter(to: str, form: str, base: str | None, dtype: str | None) -> None:
@@ -195,12 +205,27 @@ def served(
     out: Path,
     say: Callable[[str], None],
 ) -> str:
-    """The form that `to` takes: vLLM's is hf where it would serve no such adapter, and `say` tells so."""
+    """The form that `to` takes: Ollama's is hf, and vLLM's where it would serve no such adapter, and `say` tells so."""
+    if to == "ollama":
+        return "hf"
     if to != "vllm" or not (reasons := unserved(params, config, source, whole)):
         return to
     told = " and ".join(reasons)
     say(f"vLLM serves no adapter with {told}: {out} becomes the whole model, merged, as --to=hf writes it")
     return "hf"
+
+
+def ollama(chat: Chat, source: Path, labels: Collection[str], system: str | None = None) -> Modelfile:
+    """How Ollama asks a model over the checkpoint `source`. Raises UserError for one that Ollama does not run."""
+    if labels:
+        raise UserError("--to=ollama: the model ends with a score head, which generates no text for Ollama to show; use --to=hf")
+    file = source / "generation_config.json"
+    return modelfile(chat, stop_ids=ends(source, chat), sampling=read_json(file) or {}, system=system)
+
+
+def say_unlike(asked: Modelfile, out: Path, say: Callable[[str], None]) -> None:
+    if asked.unlike:
+        say(f"{out}/Modelfile asks as the model's chat template does, except that {', '.join(asked.unlike)}")
 
 
 def refuse_another_base(workdir: Path, base: Base) -> None:

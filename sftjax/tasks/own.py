@@ -25,10 +25,11 @@ from sftjax.data.pack import assemble, plan
 from sftjax.data.pairs import SLOTS, sides
 from sftjax.hf.load import load_config
 from sftjax.hf.model import Model
+from sftjax.hf.ollama import put
 from sftjax.hf.peft import save_adapter
 from sftjax.hf.save import save as save_whole
 from sftjax.hf.verify import score, verify
-from sftjax.tasks.export import FORMS, probe_rows
+from sftjax.tasks.export import FORMS, ollama, probe_rows
 from sftjax.weights import select
 from sftjax.weights.kinds import Kind
 from sftjax.weights.quantize import Int8, Nf4, Quantised, int8, nf4
@@ -108,8 +109,9 @@ def length(parts: Parts) -> int:
 
 
 def save(model: Model, out: str | Path, *, to: str = "hf", base: str | None = None) -> float:
-    """Writes the model as a merged Hugging Face checkpoint (hf), or what stands over its checkpoint as an adapter: peft, vllm,
-    or sftjax for bottleneck adapters. Reads it back and returns the largest difference of log-probs.
+    """Writes the model as a merged Hugging Face checkpoint (hf; with a Modelfile beside it, ollama), or what stands over its
+    checkpoint as an adapter: peft, vllm, or sftjax for bottleneck adapters. Reads it back and returns the largest difference of
+    log-probs.
 
     `base` is what users load an adapter's base by; None is the directory that the model came from. Raises UserError, and
     ExportError where what was read back says something else; `out` is then as it was.
@@ -117,18 +119,22 @@ def save(model: Model, out: str | Path, *, to: str = "hf", base: str | None = No
     forms = sorted({form for each in FORMS.values() for form in each})
     if to not in forms:
         raise UserError(f"to={to}: needs one of {', '.join(forms)}")
-    if to == "hf" and base:
+    whole = to in ("hf", "ollama")
+    if whole and base:
         raise UserError(f"base={base}: a merged checkpoint has none; leave it out, or use to='peft'")
     rows = probe_rows(model.tokenizer, model.config.vocab, ())
     ours, chat, found = score(model.params, model.config, rows), Chat(model.tokenizer), []
+    asked = ollama(chat, model.directory, model.config.labels) if to == "ollama" else None
 
     def check(directory: Path, **adapter: Any) -> None:
         found.append(verify(directory, ours, model.config, rows, **adapter).most)
+        if asked:
+            put(asked, directory)
 
     grown = model.config.vocab != load_config(model.directory).vocab
     shared: dict[str, Any] = {"source": model.directory, "out": out, "template": chat.template}
     shared |= {"tokenizer": model.tokenizer if grown else None}
-    if to == "hf":
+    if whole:
         save_whole(model.params, model.config, stop_ids=chat.stop_ids, check=check, **shared)
     else:
         again = partial(check, adapter_of=model.directory, quantisers=in_few_bits(model.params))

@@ -62,6 +62,13 @@ def card(workdir: Path, name: str, form: str, step: int) -> str:
     )
 
 
+def put_card(text: str, directory: Path) -> None:
+    """The card, and after it what already stands in the README.md there."""
+    file = directory / "README.md"
+    own = "\n" + file.read_text(encoding="utf-8") if file.exists() else ""
+    file.write_text(text + own, encoding="utf-8")
+
+
 def figures(summary: Mapping[str, Any]) -> list[str]:
     """What held-out rows said before training and at its end; nothing of a run that has not ended or measured none."""
     if not (found := headlines(summary)):

@@ -85,6 +85,11 @@ def test_what_was_held_out_is_counted_and_reported(run):
     assert "Confusion: texts of a label" in (workdir / "report.html").read_text()
 
 
+def test_ollama_is_given_no_head(run, tmp_path):
+    with pytest.raises(UserError, match=r"--to=ollama: the model ends with a score head, .*; use --to=hf"):
+        export(run[0], to="ollama", out=tmp_path / "out")
+
+
 def test_transformers_says_the_same(run, tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -69,13 +69,14 @@ def summed(toy, adapters):
     return score(params, config, ROWS)
 
 
-@pytest.mark.parametrize("to", ["hf", "peft", "vllm"])
+@pytest.mark.parametrize("to", ["hf", "ollama", "peft", "vllm"])
 def test_several_are_the_weighted_sum_of_their_updates(to, toy, adapters, summed, says, tmp_path):
     said = []
     pair = [adapters["lora"], adapters["other"]]
     export_adapters(toy.base, pair, weights=[0.7, 0.3], to=to, out=tmp_path / "out", say=said.append)
     assert said[-1].startswith(f"wrote {tmp_path / 'out'} and read it back: log-probs differ by at most")
-    got = says(tmp_path / "out") if to == "hf" else says(toy.base, tmp_path / "out")
+    assert (tmp_path / "out" / "Modelfile").is_file() == (to == "ollama")
+    got = says(tmp_path / "out") if to in ("hf", "ollama") else says(toy.base, tmp_path / "out")
     np.testing.assert_allclose(got, summed, atol=1e-4)
     assert np.abs(summed - says(toy.base)).max() > 0.1
 
@@ -127,7 +128,7 @@ def test_an_adapter_of_another_model_is_told_in_a_line(name, told, toy, adapters
         (["lora", "other"], {"weights": [1.0]}, r"--weights has 1 numbers and there are 2 of --adapter"),
         (["lora", "other"], {"weights": [0.0, 0.0]}, r"^--weights=0,0: nothing is left of the adapters"),
         (["tokens", "lora"], {}, r"^embed_tokens is more than a LoRA .*trained tokens"),
-        (["lora"], {"to": "sftjax"}, r"--to=sftjax: adapters over a --model are written as hf, peft or vllm"),
+        (["lora"], {"to": "sftjax"}, r"--to=sftjax: adapters over a --model are written as hf, peft, vllm or ollama"),
         (["lora"], {"to": "peft", "dtype": "bfloat16"}, r"--dtype=bfloat16: an adapter is always float32"),
         (["lora"], {"to": "vllm", "dtype": "bfloat16"}, r"--dtype=bfloat16: an adapter is always float32"),
     ],

@@ -103,6 +103,18 @@ def test_an_adapter_says_in_peft_what_it_says_here(toy, lora_run, ours, theirs, 
     np.testing.assert_allclose(theirs(toy.base, tmp_path / "out"), ours(lora_run), atol=1e-5, rtol=1e-5)
 
 
+def test_ollama_has_what_hf_writes_and_a_modelfile(lora_run, tmp_path):
+    said = []
+    export(lora_run, out=tmp_path / "hf" / "mine")
+    export(lora_run, to="ollama", out=tmp_path / "ollama" / "mine", say=said.append)
+    hf, ollama = ({f.name: f.read_bytes() for f in (tmp_path / to / "mine").iterdir()} for to in ("hf", "ollama"))
+    modelfile, theirs = ollama.pop("Modelfile").decode(), json.loads(ollama.pop("tokenizer_config.json"))
+    assert theirs == json.loads(hf.pop("tokenizer_config.json")) | {"add_bos_token": False}
+    assert ollama == hf
+    assert "<|im_start|>user\n{{ .Content }}<|im_end|>\n" in modelfile and 'PARAMETER stop """<|im_end|>"""' in modelfile
+    assert len(said) == 1  # the toy's template does nothing that Ollama's cannot
+
+
 def test_what_vllm_reads_has_one_rank_and_no_scale(toy, lora_run, tmp_path):
     export(lora_run, to="vllm", out=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -328,9 +340,9 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(lora_run, tmp_pa
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"to": "peft"}, "--to=peft: the run trained by method full, which makes no adapter; use --to=hf"),
-        ({"to": "sftjax"}, "--to=sftjax: the run trained by method full, which makes no adapter; use --to=hf"),
-        ({"to": "gguf"}, "--to=gguf: needs one of hf, peft, sftjax, vllm"),
+        ({"to": "peft"}, "--to=peft: the run trained by method full, which makes no adapter; use --to=hf or --to=ollama"),
+        ({"to": "sftjax"}, "--to=sftjax: the run trained by method full, which makes no adapter; use --to=hf or --to=ollama"),
+        ({"to": "gguf"}, "--to=gguf: needs one of hf, ollama, peft, sftjax, vllm"),
         ({"checkpoint": "newest"}, "--checkpoint=newest: needs last, best or one of 4"),
         ({"checkpoint": 3}, "--checkpoint=3: needs last, best or one of 4"),
         ({"dtype": "bf16"}, "dtype=bf16: needs one of float32, bfloat16, float16; did you mean bfloat16?"),

@@ -62,6 +62,11 @@ def test_an_epoch_holds_every_row_once(model, toy):
     assert sum((b.segments > 0).sum() for b in found) == sum((b.segments > 0).sum() for b in per_row)
 
 
+def test_ollama_is_given_a_modelfile(model, tmp_path):
+    assert sftjax.save(model, tmp_path / "out", to="ollama") < 1e-4
+    assert (tmp_path / "out" / "Modelfile").is_file() and (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_answers_are_those_of_the_model_in_order(model):
     asked = ["what colour is coal?", [{"role": "user", "content": "what colour is snow?"}], "what colour is coal?"]
     first, second, third = sftjax.answer(model, asked, max_new_tokens=4)
@@ -86,8 +91,9 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (lambda m: sftjax.batches(m, [PAIR], max_length=64, batch_size=1), "preferences"),
         (lambda m: sftjax.batches(m, [PAIR], max_length=64, batch_size=1, want="pair"), "want=pair: needs answers or pairs"),
         (lambda m: sftjax.save(m, "out", to="peft"), "no adapter to write"),
-        (lambda m: sftjax.save(m, "out", to="lora"), "to=lora: needs one of hf, peft"),
+        (lambda m: sftjax.save(m, "out", to="lora"), "to=lora: needs one of hf, ollama, peft"),
         (lambda m: sftjax.save(m, "out", base="b"), "a merged checkpoint has none"),
+        (lambda m: sftjax.save(m, "out", to="ollama", base="b"), "a merged checkpoint has none"),
     ],
 )
 def test_what_cannot_be_used_is_told(call, sentence, model, tmp_path, monkeypatch):
