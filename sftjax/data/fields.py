@@ -64,13 +64,17 @@ def dialogue(row: Row, wishes: Wishes, messages: tuple[Message, ...], **more: An
     return {"messages": messages, "tools": tools(row.get("tools"), row.name("tools")), **more}
 
 
-def refuse_beside_raw_text(row: Row, also: str = "") -> None:
-    """Raises RowError where the row has a system prompt or tools, which only a template has a place for."""
-    given = {"system": row.maybe("system"), "tools": tools(row.get("tools"), row.name("tools"))}
-    for column, held in given.items():
+def refuse_beside_raw_text(row: Row, wishes: Wishes, also: str = "") -> None:
+    """Raises RowError where there is a system prompt, or the row has tools, which only a template has a place for."""
+    given = {
+        row.name("system"): row.maybe("system"),
+        "--config.data.system": wishes.system,
+        row.name("tools"): tools(row.get("tools"), row.name("tools")),
+    }
+    for place, held in given.items():
         if held:
             mend = f"make the prompt a list of turns, or read it as one with --config.data.columns.instruction=prompt{also}"
-            raise RowError(row.name(column), f"has no place beside a prompt of raw text; {mend}")
+            raise RowError(place, f"has no place beside a prompt of raw text; {mend}")
 
 
 def asked(row: Row) -> tuple[Message, ...]:

@@ -67,7 +67,8 @@ def read_rows(spec: Any, data: Any, say: Callable[[str], None] | None = None, wa
     for source in sources(spec):
         layout, rows = open_source(source, data, want)
         if layout and say:
-            say(f"{source.path}: read as {layout}")
+            untold = "; plain text has no place for data.system" if layout.format == "text" and data.system else ""
+            say(f"{source.path}: read as {layout}{untold}")
         wishes = replace(given, asks=want == "prompts" or (want == "any" and layout is not None and layout.format == "prompt"))
         for file, line, row in rows:
             try:
@@ -218,7 +219,7 @@ def _prompt(row: Row, wishes: Wishes) -> dict[str, Any]:
 def _prompt_completion(row: Row, wishes: Wishes) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list):
-        refuse_beside_raw_text(row, " --config.data.columns.output=completion")
+        refuse_beside_raw_text(row, wishes, " --config.data.columns.output=completion")
         silent = wishes.asks and not isinstance(completion, str)
         return {"completion": (row.text("prompt"), "" if silent else row.filled("completion"))}
     asked = row.turns("prompt", wishes.roles)

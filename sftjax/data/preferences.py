@@ -111,7 +111,7 @@ def _answered(row: Row, wishes: Wishes, given: Given, column: str | None) -> tup
                 raise RowError(f"{where}[0]", f"is a turn of the role {s[0].role}: an answer begins with the assistant's")
             check_answered(s, where)
     if column == "prompt" and isinstance(row.get("prompt"), str) and not turns:
-        refuse_beside_raw_text(row)
+        refuse_beside_raw_text(row, wishes)
         return {"text": row.text("prompt")}, said
     answers: list[Said] = [(Message("assistant", s),) if isinstance(s, str) else s for s in said]
     return dialogue(row, wishes, _asked(row, wishes, column)), answers

@@ -21,7 +21,7 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d", "param
 def load(tmp_path):
     """Examples and Rejecteds of rows (or a file's text), with config.data changed by keywords."""
 
-    def run(*rows, name="rows.jsonl", data=None, spec=None, say=None, **changes):
+    def run(*rows, name="rows.jsonl", data=None, spec=None, say=None, want="answers", **changes):
         path = tmp_path / name
         path.write_text("\n".join(map(json.dumps, rows)) if data is None else data)
         config = default().data
@@ -29,7 +29,7 @@ def load(tmp_path):
         for key, value in changes.items():
             with config.unlocked(), config.ignore_type():
                 config[key] = value
-        return list(read_examples(config.train, config, say))
+        return list(read_examples(config.train, config, say, want))
 
     return run
 
@@ -452,6 +452,15 @@ def test_what_only_a_template_has_a_place_for_is_refused_beside_raw_text(load, b
     (example,) = load(row | beside, columns={name: own.strip() for name, own in named.items()})
     assert [m.content for m in example.messages[-2:]] == ["q", "a"] and (example.tools or example.messages[0].role == "system")
     assert one(load(row | {"system": " ", "tools": "[]"})).completion == ("q", "a")
+
+
+def test_the_configs_system_prompt_is_refused_beside_a_raw_prompt_and_told_to_have_no_place_in_plain_text(load):
+    for row in ({"prompt": "q", "completion": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b"}):
+        want = "pairs" if "chosen" in row else "answers"
+        assert reason(load(row, want=want, system="s")).startswith("--config.data.system: has no place beside a prompt of raw")
+    said: list[str] = []
+    assert one(load({"text": "t"}, say=said.append, system="s")).text == "t"
+    assert said[0].endswith("read as text; plain text has no place for data.system")
 
 
 def test_tags_that_are_none_are_told(load):
