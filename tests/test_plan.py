@@ -272,7 +272,7 @@ def test_the_planned_step_of_a_policy_is_the_tasks(toy, changes, tmp_path, monke
     c = toy.config(**POLICY | changes)
     with pytest.raises(Lowered) as e:
         tasks.train(c, tmp_path / "run")
-    step, *given = e.value.args
+    _, *given = e.value.args
     dry = open_dry(c, given[-1].tokens.shape[1], platform="cpu")
     planned = dry.state, dry.frozen, dry.batch
 
@@ -287,7 +287,6 @@ def test_the_planned_step_of_a_policy_is_the_tasks(toy, changes, tmp_path, monke
     assert sum(on.parameters.values()) + on.optimiser == sum(held.values())  # a base that is shared is there once
     texts = [str(jax.make_jaxpr(one)(*planned)) for one in (dry.step, told["learn"](dry.optimizer))]
     assert texts[0] == texts[1] and (dry.micro_batches, dry.updates) == (4, told["updates"])
-    assert flops.count(dry.step, *planned).flops == flops.count(step, *given).flops > 0
 
 
 @pytest.mark.parametrize("task", [GRPO, PPO], ids=["grpo", "ppo"])
