@@ -38,9 +38,9 @@ class Writer:
         self.ids += ids
         new = self._decode([*self.context, *self.ids[self.settled :]])[self.beyond :]
         self.text = self.fixed + new
-        found = [at for s in self.stop_strings if (at := self.text.find(s, max(0, len(self.fixed) - len(s)))) >= 0]
+        found = [(at + len(s), at) for s in self.stop_strings if (at := self.text.find(s, max(0, len(self.fixed) - len(s)))) >= 0]
         if found:
-            self.stopped, self.text = True, self.text[: min(found)]
+            self.stopped, self.text = True, self.text[: min(found)[1]]  # the first to end, however many tokens come at a time
             while self.ids and not self.text.startswith(self._text(self.ids)):
                 self.ids.pop()
         elif self.splits and new and not new.endswith("\ufffd"):

@@ -43,7 +43,7 @@ def differs(tokenizer, rng, times):
     for _ in range(times):
         drawn = [rng.choice([rng.randrange(len(tokenizer)), rng.choice(rare)]) for _ in range(30)]
         before, rest = drawn[: rng.randrange(6)], drawn[6:]
-        stops = [rng.choice(["END", "é", "a ", "  "])]
+        stops = rng.sample(["END", "é", "a ", "  ", "a  a", "aéa"], 3)
         quick, slow = Writer(tokenizer, stops, before), Writer(tokenizer, stops, before)
         slow.splits = False
         while rest and not slow.stopped:
@@ -83,3 +83,13 @@ def test_a_token_costs_the_same_wherever_it_comes(kind, monkeypatch):
 
 def test_what_is_stripped_at_the_end_is_read_whole():
     assert not splits(made_of(METASPACE, decoders.Sequence([*FALLBACK, decoders.Strip(" ", 0, 1)])))
+
+
+def test_of_stop_strings_the_first_to_end_stops_however_many_tokens_come_at_a_time():
+    tokenizer = made_of(METASPACE, DECODERS["Llama 2's"])
+    ids = tokenizer.convert_tokens_to_ids(["x▁", "a", "é", "."])
+    at_once, one_by_one = (Writer(tokenizer, ["aé.", "é"]) for _ in range(2))
+    at_once.add(ids)
+    for i in ids[:3]:
+        one_by_one.add([i])
+    assert at_once.stopped and (at_once.text, at_once.ids) == (one_by_one.text, one_by_one.ids) == ("x a", ids[:2])
