@@ -28,9 +28,14 @@ BUILT_IN = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
-# End thoughts that templates have no word of, as they leave them to the model or to who calls: Mistral's, Gemma's, Cohere's
-THOUGHTS = ("</think>", "[/THINK]", "<channel|>", "<|END_THINKING|>")
-AFTER_THOUGHT = re.compile(rf"(?:{alternatives(THOUGHTS).pattern})\s*")
+# Around thoughts that templates have no word of, as they leave them to the model or to who calls: Mistral's, Gemma's, Cohere's
+THOUGHTS = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<|channel>thought": "<channel|>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
+AFTER_THOUGHT = re.compile(rf"(?:{alternatives(THOUGHTS.values()).pattern})\s*")
 DAY = datetime.date(2024, 7, 26)  # which Llama 3's templates name where there is no clock
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -60,16 +65,18 @@ class Chat:
         self.special_tokens = dict(tokenizer.special_tokens_map)
         self.start_ids = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.turns = Turns(self.render_spans, special, tokenizer.eos_token) if self.templates else None
-        self.special = alternatives(special)
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.turns = Turns(self.render_spans, special.values(), tokenizer.eos_token) if self.templates else None
+        self.special = alternatives(special.values())
+        self.special_ids = frozenset(special)
         closers = self.turns.closers if self.turns else ()
         self.closer_ids = self.single(closers)
         self.stop_ids = self.single(c for c in closers if self.turns and c == self.turns.last_closer)
         heads, after = (self.turns.heads, self.turns.after_thought) if self.turns else ([], "")
-        ends = {*THOUGHTS, *map(last_tag, heads), last_tag(after) or after.strip()} - {""}
-        self.thought = re.compile(rf"(?:{alternatives(ends).pattern})\s*")
+        self.ends = {*THOUGHTS.values(), *map(last_tag, heads), last_tag(after) or after.strip()} - {""}
+        self.thought = re.compile(rf"(?:{alternatives(self.ends).pattern})\s*")
         self.heads = tuple(head for head in heads if head and not last_tag(head))
+        self.openings = self.measure_openings()
 
     @property
     def template(self) -> str | None:
@@ -95,6 +102,17 @@ class Chat:
         rest = self.special.sub("", self.thought.split(raw)[-1])
         at = text.rfind(rest)  # the text may go on, up to a stop string in the midst of a token
         return text[at:] if at >= 0 else rest
+
+    def measure_openings(self) -> dict[str, bool]:
+        """What an answer may begin with, or go on with where a thought of it ends: whether a thought follows."""
+        opened, after, head = "", "", ""
+        if self.turns:
+            opened, after = self.turns.before_thought.strip(), self.turns.after_thought.strip()
+            head = next((head for head in map(str.strip, self.turns.heads) if head and after.endswith(head)), "")
+        out = dict.fromkeys((*THOUGHTS, opened), True) | dict.fromkeys((*self.ends, after, *map(str.lstrip, self.heads)), False)
+        if turn := after.removesuffix(head) if head else "":  # GPT-OSS's thoughts and answers are messages, each with a head
+            out |= {turn + opened: True, turn: False}
+        return {opening: thinks for opening, thinks in out.items() if opening}
 
     def encode(self, example: Example) -> Encoded:
         """The row's ids and weights. Raises RowError."""

@@ -150,15 +150,15 @@ class Turns:
         self.render = render
         self.special = alternatives(special)
         self.prompts: dict[tuple[str, str, bool], tuple[int | None, int]] = {}
-        closers, self.heads, self.after_thought = self.probe()
+        closers, self.heads, self.before_thought, self.after_thought = self.probe()
         # GPT-OSS ends an answer with <|return|> and what goes on with <|end|>: a thought before it, or a turn before another
         self.last_closer = closers[-1] if closers else None
         self.closers = tuple(dict.fromkeys([*closers, *([eos] if eos else [])]))
         self.closer = alternatives(self.closers)
 
-    def probe(self) -> tuple[list[str], list[str], str]:
-        """What closes an answer before another turn and at the very end, what the template writes at the head of either, and
-        what between a thought and an answer, seen on a conversation of our own."""
+    def probe(self) -> tuple[list[str], list[str], str, str]:
+        """What closes an answer before another turn and at the very end, what the template writes at the head of either, what
+        opens a thought and what stands between it and an answer, seen on a conversation of our own."""
         for tools in (None, [PROBE_TOOL]):
             try:
                 text, _ = self.render(TURNS, tools)
@@ -167,7 +167,7 @@ class Turns:
             except RowError:  # some templates are for conversations with tools only
                 continue
         else:
-            return [], [], ""
+            return [], [], "", ""
         closers, heads = [], []
         for i, place in sorted(places.items()):
             if TURNS[i]["role"] != "assistant":
@@ -178,17 +178,23 @@ class Turns:
             written = text[place.before : place.start]
             prompt, _ = self.prompt(TURNS, tools, i, written)
             heads.append(written[prompt:] if prompt is not None else "")
-        return closers, heads, self.probe_thought(tools)
+        return closers, heads, *self.probe_thought(tools)
 
-    def probe_thought(self, tools: Any) -> str:
-        """What the template writes between a thought and the answer; "" where it writes no thoughts."""
+    def probe_thought(self, tools: Any) -> tuple[str, str]:
+        """What opens a thought, be it after the generation prompt or in it, and what stands between it and the answer; "" where
+        the template writes no thoughts."""
         thought, answer = chr(FIRST), str(TURNS[-1]["content"])
         try:
             text, _ = self.render([*TURNS[:-1], TURNS[-1] | dict.fromkeys(REASONING, thought)], tools)
+            prompt, _ = self.render(TURNS[:-1], tools, generate=True)
         except RowError:
-            return ""
-        _, _, after = text.rpartition(thought)
-        return after.partition(answer)[0] if thought in text and answer in after else ""
+            return "", ""
+        before, _, after = text.rpartition(thought)
+        if not before or answer not in after:
+            return "", ""
+        shared = agree(before, prompt)
+        opened = before[shared:] or prompt[shared:] if shared == min(len(before), len(prompt)) else ""
+        return opened, after.partition(answer)[0]
 
     def places(
         self, messages: list[dict[str, Any]], tools: Any, text: str, wanted: Collection[int]

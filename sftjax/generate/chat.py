@@ -1,6 +1,7 @@
 """`sftjax chat`: a conversation in the terminal, or line by line through a pipe.
 
-The answer goes to stdout as it comes, everything else to stderr. A model without a chat template goes on with the text.
+The answer goes to stdout as it comes, everything else, the thought before it too, to stderr. A model without a chat template
+goes on with the text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sftjax.data.chat import Chat
 from sftjax.data.example import Message, RowError
 from sftjax.generate.engine import Engine
 from sftjax.generate.open import open_engine
-from sftjax.generate.text import Writer
+from sftjax.generate.thought import Parts
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit or Ctrl-D leaves; Ctrl-C stops an answer"
 
@@ -90,26 +91,38 @@ class Talk:
         return self.chat.prompt([Message("system", self.system), *asked] if self.system else asked)
 
     def answer(self, prompt: list[int]) -> str:
-        """Prints the answer as it comes, and returns what it says: a template puts no thought of before into a prompt."""
-        writer = Writer(self.chat.tokenizer, self.stop_strings, prompt)
-        shown = 0
-        ended = ""
+        """Prints the thought and the answer as they come, and returns the answer: a template puts no thought of before into a
+        prompt."""
+        parts = Parts(self.chat, prompt, self.stop_strings, apart=self.chat.template is not None)
+        shown, ended = ("", ""), ""
         try:
             for token in self.engine.stream(prompt, **self.options):
-                writer.add([token])
-                print(writer.shown[shown:], end="", flush=True)
-                shown = max(shown, len(writer.shown))
-                if writer.stopped:
+                parts.add([token])
+                shown = tell(shown, parts.shown)
+                if parts.writer.stopped:
                     break
             else:
                 room = min(self.options["max_new_tokens"], self.engine.limit - len(prompt))
-                ended = f"cut off after {room} tokens" if len(writer.ids) == room else ""
+                ended = f"cut off after {room} tokens" if len(parts.writer.ids) == room else ""
         except KeyboardInterrupt:
             ended = "stopped"
-        print(writer.text[shown:])
+        whole = parts.whole(not ended and not parts.writer.stopped)
+        tell(shown, whole)
+        print()
         if ended:
             note(ended)
-        return self.chat.said(writer.text, writer.ids)
+        return whole[1]
+
+
+def tell(before: tuple[str, str], now: tuple[str, str]) -> tuple[str, str]:
+    """Prints what has come of (thought, answer) since `before`; the thought dim, where a terminal shows it."""
+    thought, said = (new[len(old) :] for new, old in zip(now, before))
+    if thought:
+        print(f"\x1b[2m{thought}\x1b[0m" if sys.stderr.isatty() else thought, end="", file=sys.stderr, flush=True)
+    if now[0] and said and not before[1]:
+        print("\n", file=sys.stderr, flush=True)
+    print(said, end="", flush=True)
+    return now
 
 
 def read_lines() -> Iterator[str]:

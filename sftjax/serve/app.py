@@ -29,7 +29,7 @@ from sftjax.generate.engine import Generated
 from sftjax.generate.live import Live, Request
 from sftjax.generate.open import engine_of, open_model
 from sftjax.generate.score import Scored
-from sftjax.generate.text import Writer
+from sftjax.generate.thought import Parts
 from sftjax.hf.load import read_json
 from sftjax.serve import replies
 from sftjax.serve.asked import SAMPLING, Asked, Desk, Refused
@@ -206,7 +206,12 @@ class Service:
             return refusal(e)
 
     async def whole(self, asked: Asked, envelope: Envelope) -> dict[str, Any]:
-        found = {index: said async for index, said in self.said(asked) if isinstance(said, Generated)}
+        parts, found = self.parts(asked, envelope), {}
+        async for index, said in self.said(asked):
+            if isinstance(said, Generated):
+                found[index] = said
+            else:
+                parts[index].add(said)
         answers = [found[index] for index in range(len(asked.rows))]
         # a completion's log-probs have the token that ended it, as vLLM's do: the harness takes one off the end
         made = [a.ids if envelope.chat or a.stop_id is None else [*a.ids, a.stop_id] for a in answers]
@@ -216,8 +221,12 @@ class Service:
         for i, (ids, answer) in enumerate(zip(asked.rows, answers)):
             held = [*ids, *made[i]] if asked.echo else made[i]
             logprobs = None if scores is None else tell(self.desk.chat.tokenizer, held, scores[i])
-            choices.append(envelope.choice(i, self.echoed(asked, ids) + answer.text, replies.finish(answer), logprobs))
+            thought, text = parts[i].whole(answer.stop_id is not None)
+            choices.append(envelope.choice(i, thought, self.echoed(asked, ids) + text, replies.finish(answer), logprobs))
         return envelope.whole(choices, replies.usage(asked.prompts, [answer.ids for answer in answers]))
+
+    def parts(self, asked: Asked, envelope: Envelope) -> list[Parts]:
+        return [Parts(self.desk.chat, ids, asked.stop, apart=envelope.chat) for ids in asked.rows]
 
     def echoed(self, asked: Asked, ids: list[int]) -> str:
         """What stands before the answer to a prompt."""
@@ -233,23 +242,26 @@ class Service:
         return await run_in_threadpool(self.desk.engine.score, before, rest, top=asked.top, batch_size=self.live.slots)
 
     async def stream(self, asked: Asked, envelope: Envelope) -> AsyncIterator[str]:
-        tokenizer = self.desk.chat.tokenizer
-        writers = [Writer(tokenizer, asked.stop, ids) for ids in asked.rows]
-        sent, answers = [""] * len(writers), []
+        parts, answers = self.parts(asked, envelope), []
+        sent = [("", "")] * len(parts)
         for i, ids in enumerate(asked.rows):
             text = self.echoed(asked, ids)
             if envelope.chat or text:
-                yield envelope.piece([envelope.delta(i, text, first=True)])
+                yield envelope.piece([envelope.delta(i, "", text, first=True)])
         try:
             async for i, said in self.said(asked):
                 if isinstance(said, Generated):
                     answers.append(said)
-                    yield envelope.piece([envelope.delta(i, said.text[len(sent[i]) :], replies.finish(said))])
-                    continue
-                writers[i].add(said)
-                if len(shown := writers[i].shown) > len(sent[i]):
-                    yield envelope.piece([envelope.delta(i, shown[len(sent[i]) :])])
-                    sent[i] = shown
+                    now, finish = parts[i].whole(said.stop_id is not None), replies.finish(said)
+                else:
+                    parts[i].add(said)
+                    now, finish = parts[i].shown, None
+                thought, text = (new[len(old) :] for new, old in zip(now, sent[i]))
+                if thought:  # never with an answer: many callers take a piece for one or the other
+                    yield envelope.piece([envelope.delta(i, thought, "")])
+                if text or finish:
+                    yield envelope.piece([envelope.delta(i, "", text, finish)])
+                sent[i] = now
         except Refused as e:
             yield replies.event(replies.failed(str(e), e.status))
             return

@@ -15,6 +15,7 @@ from sftjax.config import UserError
 from sftjax.data.chat import Chat
 from sftjax.data.conversation import tools as read_tools
 from sftjax.data.example import RowError
+from sftjax.data.spans import REASONING
 from sftjax.generate.ask import conversation_ids
 from sftjax.generate.engine import Engine
 from sftjax.generate.sampling import Sampling, choose
@@ -106,6 +107,7 @@ class Desk:
         turns, variables = body.get("messages"), body.get("chat_template_kwargs") or {}
         if not isinstance(turns, list):
             raise Refused("messages: needs a list of messages", "messages")
+        turns = [remembered(turn, f"messages[{i}]") for i, turn in enumerate(turns)]
         if not self.chat.template:
             raise Refused(f"{self.name} has no chat template; ask /v1/completions", "messages")
         if not isinstance(variables, dict):
@@ -205,6 +207,17 @@ class Desk:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
             raise Refused(f"{name}={value!r}: needs a number", name)
         return value
+
+
+def remembered(turn: Any, where: str) -> Any:
+    """A turn whose thought comes back with it, and may be all of it; what is written of it is the template's to say. Raises
+    Refused."""
+    thoughts = {name: turn[name] for name in REASONING if turn.get(name) is not None} if isinstance(turn, dict) else {}
+    for name, thought in thoughts.items():
+        if not isinstance(thought, str):
+            raise Refused(f"{where}.{name}: needs a text", "messages")
+    silent = thoughts and turn.get("content") is None and not turn.get("tool_calls")
+    return turn | {"content": ""} if silent else turn
 
 
 def several(prompt: Any) -> list[Any]:

@@ -34,14 +34,17 @@ class Envelope:
         held = self._held("chat.completion.chunk" if self.chat else "text_completion", choices)
         return event(held | more)
 
-    def choice(self, index: int, text: str, finish: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+    def choice(self, index: int, thought: str, text: str, finish: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        """`thought` stands where DeepSeek's API and most servers have it; an answer that it leaves no room for is null."""
+        apart = {"content": text or None, "reasoning_content": thought} if thought else {"content": text}
+        said = {"message": {"role": "assistant"} | apart} if self.chat else {"text": text}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
 
-    def delta(self, index: int, text: str, finish: str | None = None, first: bool = False) -> dict[str, Any]:
+    def delta(self, index: int, thought: str, text: str, finish: str | None = None, first: bool = False) -> dict[str, Any]:
         if not self.chat:
             return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
-        said = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+        said = ({"role": "assistant"} if first else {}) | ({"reasoning_content": thought} if thought else {})
+        said |= {"content": text} if text or first else {}
         return {"index": index, "delta": said, "logprobs": None, "finish_reason": finish}
 
     def _held(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:

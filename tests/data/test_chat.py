@@ -16,6 +16,7 @@ from sftjax.config import UserError
 from sftjax.data.chat import DAY, Chat, covered, load_tokenizer, prepare, without_thought
 from sftjax.data.example import Example, Message, RowError
 from sftjax.data.spans import TAG, alternatives
+from sftjax.generate.thought import Parts
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "<|im_end|>"]
 QA = (("user", "Two and two?"), ("assistant", "Four."), ("user", "And three?"), ("assistant", "Seven."))
@@ -458,6 +459,13 @@ def generated(chat, encoded):
     return ids, chat.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def apart(chat, ids):
+    """(thought, answer) as they come, where the answer is asked for."""
+    parts = Parts(chat, chat.prompt(conversation(*QA[:3]).messages))
+    parts.add(ids)
+    return parts.whole(True)
+
+
 def test_what_a_learnt_answer_says_is_the_rows_answer(shared, real):
     preambles, thoughts = set(), 0
     for file in sorted((shared / "data/chat_templates/llama_cpp").glob("*.jinja")):
@@ -465,14 +473,16 @@ def test_what_a_learnt_answer_says_is_the_rows_answer(shared, real):
             continue
         chat = with_tokens(real, str(file))
         ids, text = generated(chat, chat.encode(conversation(*QA)))
-        assert chat.said(text, ids).rstrip() == "Seven.", (file.stem, text)
+        assert chat.said(text, ids).rstrip() == "Seven." == apart(chat, ids)[1].strip(), (file.stem, text)
         preambles.add(text.rstrip().removesuffix("Seven.").strip())
         try:
             ids, text = generated(chat, chat.encode(conversation(*thinking(QA))))
         except RowError:  # whose thoughts cannot be told apart
             continue
         assert chat.said(text, ids).rstrip() == "Seven.", (file.stem, text)
-        thoughts += "Hm." in text
+        if "Hm." in text:
+            assert apart(chat, ids) == ("Hm.", "Seven."), (file.stem, text)
+            thoughts += 1
     assert preambles == {"", "<think>\n\n</think>", "<think></think>", "</think>", "final", "all"} and thoughts > 9
 
 

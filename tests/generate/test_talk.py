@@ -74,6 +74,20 @@ def test_ctrl_c_stops_the_answer_and_nothing_else(talk, monkeypatch, opened):
     assert err.count("[stopped]") == 2
 
 
+def test_a_thought_is_told_apart_and_forgotten(talk, opened, monkeypatch):
+    tokenizer, asked = opened[1].tokenizer, []
+
+    def thinking(self, prompt, **options):
+        asked.append(tokenizer.decode(prompt))
+        yield from tokenizer("<think>\nHm.\n</think>\n\nSeven.")["input_ids"]
+
+    monkeypatch.setattr(Engine, "stream", thinking)
+    out, err = talk("3+4?", "sure?", max_new_tokens=50)
+    assert out == "Seven.\nSeven.\n" and err.count("Hm.\n\n") == 2 and "think" not in err + asked[1]
+    out, err = talk("3+4?", "sure?", max_new_tokens=50, stop_strings=["m."])
+    assert out == "\n\n" and "H" in err and "think" not in err + "".join(asked)
+
+
 def test_a_turn_that_does_not_fit_is_forgotten_and_said(talk, opened):
     out, err = talk("x" * 200, "hi")
     assert out == answer(opened, [{"role": "user", "content": "hi"}]) + "\n"

@@ -17,13 +17,15 @@ pytest.importorskip("uvicorn")
 import uvicorn
 
 from sftjax.config import UserError
+from sftjax.data.chat import Chat
 from sftjax.data.example import Message
 from sftjax.evaluate.endpoint import Endpoint
-from sftjax.generate.engine import Engine
+from sftjax.generate.engine import Answer, Engine
 from sftjax.generate.live import Live
 from sftjax.generate.open import open_engine
+from sftjax.generate.text import Writer
 from sftjax.serve import app as module
-from sftjax.serve.asked import SAMPLING, Desk
+from sftjax.serve.asked import SAMPLING, Desk, Refused, remembered
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 HI = [{"role": "user", "content": "hi"}]
@@ -134,6 +136,99 @@ def test_what_streams_is_what_comes_whole(url):
         for choice in whole["choices"]:
             said = choice["message"]["content"] if "message" in choice else choice["text"]
             assert (texts[choice["index"]], ends[choice["index"]]) == (said, choice["finish_reason"])
+
+
+def says(monkeypatch, text):
+    """Whatever it is asked, the model says this, three tokens at a time, and ends its turn."""
+
+    def ask(self, requests):
+        for request in requests:
+            whole = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], min(self.engine.stop_ids)]
+            answer = Answer(request.number, Writer(self.tokenizer, request.stop_strings, request.prompt))
+            for at in range(0, min(len(whole), request.max_new_tokens), 3):
+                new = whole[at : min(at + 3, request.max_new_tokens)]
+                ended = answer.add(new, self.engine.stop_ids)
+                request.tell([token for token in new if token not in self.engine.stop_ids])
+                if ended:
+                    break
+            request.tell(answer.generated())
+
+    monkeypatch.setattr(Live, "ask", ask)
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THOUGHT = "<think>\nHm.\n</think>\n\nSeven."
+
+
+@pytest.mark.parametrize(
+    ("options", "thought", "said", "finish", "tokens"),
+    [
+        ({}, "Hm.", "Seven.", "stop", len(THOUGHT)),
+        ({"max_tokens": len("<think>\nHm")}, "Hm", None, "length", len("<think>\nHm")),
+        ({"max_tokens": len(THOUGHT) - 3}, "Hm.", "Sev", "length", len(THOUGHT) - 3),
+        ({"stop": ["en."]}, "Hm.", "Sev", "stop", len(THOUGHT) - 3),
+        ({"stop": "m."}, "H", None, "stop", len("<think>\nH")),
+    ],
+)
+def test_a_thought_comes_apart_from_the_answer(desk, monkeypatch, options, thought, said, finish, tokens):
+    body = {"messages": HI, "max_tokens": 50, "n": 2} | options
+    chat = Chat(desk.chat.tokenizer, template=THINKING)
+    says(monkeypatch, THOUGHT)
+    with monkeypatch.context() as m:
+        m.setattr(module.Service, "scored", lambda self, asked, made: told(asked, made))
+
+        async def told(asked, made):
+            scored.append((asked.top, [len(ids) for ids in made]))
+
+        scored: list = []
+        with running(replace(desk, chat=chat)) as (url, _):
+            whole = ask(f"{url}/v1", body | {"logprobs": True})
+            events = pieces(f"{url}/v1", "/chat/completions", body | {"stream_options": {"include_usage": True}})
+    message = {"role": "assistant", "content": said, "reasoning_content": thought}
+    assert [(c["message"], c["finish_reason"]) for c in whole["choices"]] == [(message, finish)] * 2
+    assert whole["usage"]["completion_tokens"] == 2 * tokens and scored == [(0, [tokens] * 2)]
+    assert events[-1]["usage"] == whole["usage"]
+    for index in range(2):
+        mine = [c for event in events for c in event["choices"] if c["index"] == index]
+        deltas = [c["delta"] for c in mine]
+        for name, expected in (("reasoning_content", thought), ("content", said or "")):
+            assert "".join(delta.get(name, "") for delta in deltas) == expected
+        assert not any(delta.get("content") and "reasoning_content" in delta for delta in deltas)
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [finish]
+
+
+def test_who_has_no_thoughts_answers_as_ever(desk, url, monkeypatch):
+    says(monkeypatch, " <b>Seven</b> ")
+    body = {"messages": HI, "max_tokens": 50}
+    assert ask(url, body)["choices"][0]["message"] == {"role": "assistant", "content": " <b>Seven</b> "}
+    assert (
+        "".join(e["choices"][0]["delta"].get("content", "") for e in pieces(url, "/chat/completions", body)) == " <b>Seven</b> "
+    )
+    says(monkeypatch, THOUGHT)
+    assert complete(url, prompt="hi", max_tokens=50)["choices"][0]["text"] == THOUGHT
+
+
+def test_a_thought_that_comes_back_is_the_templates_to_write(desk):
+    thinking = replace(desk, chat=Chat(desk.chat.tokenizer, template=THINKING))
+    asked = [*HI, {"role": "assistant", "content": "so", "reasoning_content": "Hm."}, *HI]
+    expected = thinking.chat.prompt(asked)
+    assert "<think>\nHm." in thinking.chat.tokenizer.decode(expected)
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        turn = {"role": "assistant", "content": "so", name: "Hm.", "refusal": None}
+        assert thinking.turns_ids({"messages": [*HI, turn, *HI]}) == expected
+        assert desk.turns_ids({"messages": [*HI, turn, *HI]}) == desk.chat.prompt([*HI, asked[1], *HI])
+    silent = {"role": "assistant", "content": None, "reasoning_content": "Hm."}
+    assert thinking.turns_ids({"messages": [*HI, silent, *HI]}) == thinking.chat.prompt([*HI, silent | {"content": ""}, *HI])
+    called = silent | {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+    with pytest.raises(Refused, match=r"messages\[1\].content: is missing"):
+        thinking.turns_ids({"messages": [*HI, {"role": "assistant", "content": None}, *HI]})
+    assert remembered(called, "") == called
+    with pytest.raises(Refused, match=r"messages\[1\].reasoning: needs a text"):
+        thinking.turns_ids({"messages": [*HI, {"role": "assistant", "content": "so", "reasoning": ["Hm."]}, *HI]})
 
 
 def test_many_at_once_are_each_as_alone(url):
@@ -327,7 +422,7 @@ def test_who_hangs_up_makes_room(desk, monkeypatch):
     monkeypatch.setattr(Live, "drop", lambda self, requests: (left.append(len(requests)), drop(self, requests)))
     with running(desk, slots=1) as (url, live):
         for stream in (True, False):
-            body = {"messages": HI, "max_tokens": 100, "stream": stream, "n": 40, "logit_bias": {}}
+            body = {"messages": HI, "max_tokens": 100, "stream": stream, "n": 128, "logit_bias": {}}
             sent = urllib.request.Request(
                 f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
             )
