@@ -22,6 +22,7 @@ OF_ROWS = {  # what of a config has an effect on each
 }
 SUITED = {"pair": "dpo", "tree": "dpo", "ranking": "reward", "unpaired": "kto", "prompt": "grpo"}  # format -> config
 SUITED |= {"label": "classify", "text": "pretrain"}
+ASKED_TOO = "rows with a held-out question and another answer"
 SHOWN = 3  # rows named where many are alike
 
 
@@ -63,17 +64,13 @@ def check(args: argparse.Namespace, config: Any) -> None:
     if found.roles:
         print("turns: " + ", ".join(f"{role} {n:,}" for role, n in found.roles.most_common()))
 
-    def tell(what: str, rows: Iterable[str], n: int) -> None:
-        if n:
-            print(f"{what}, {n:,}: {', '.join(islice(rows, SHOWN))}{', ...' if n > SHOWN else ''}")
-
     def named(rows: np.ndarray) -> tuple[Iterable[str], int]:
         return map(found.where, rows.tolist()), len(rows)
 
     tell("rows whose answers are equally good or the same", *named(np.flatnonzero(fate == EQUALS)))
     tell("rows that stand in the held-out file too", *named(held_out := np.flatnonzero(fate == HELD_OUT)))
     if held is not None:
-        tell("rows with a held-out question and another answer", *named(asked_too(found, fate, held)))
+        tell(ASKED_TOO, *named(asked_too(found, fate, held)))
     again = (f"{found.where(i)} (as {found.where(j)})" for i, j in earlier(found, fate))
     tell("rows that say what an earlier one says", again, int((fate == AGAIN).sum()))
     several = disputed(found, fate)
@@ -91,9 +88,13 @@ def check(args: argparse.Namespace, config: Any) -> None:
 
 def clean(args: argparse.Namespace, config: Any) -> None:
     from sftjax.data.pick import clean
+    from sftjax.data.survey import asked_too
 
-    found, fate = clean(args.data, args.out, config, held=args.held_out, want=want(args, config), force=args.force)
+    found, fate, held = clean(args.data, args.out, config, held=args.held_out, want=want(args, config), force=args.force)
     print(total(fate, f"in {args.out}", args.held_out))
+    if held is not None:
+        asked = asked_too(found, fate, held)
+        tell(ASKED_TOO, map(found.where, asked.tolist()), len(asked))
     for bad in found.bad[:SHOWN]:
         print(f"  {bad}")
     print(look(args, found.formats, args.out))
@@ -145,6 +146,12 @@ def pairs(args: argparse.Namespace, config: Any) -> None:
     print(f"{counts['rows']:,} rows" + "".join(f", {part}" for part in told))
     print(f"{counts['pairs']:,} pairs in {args.out}, {counts['ties']:,} ties between two answers make none")
     print(f"next: sftjax preview --config=configs/dpo.py --config.data.train={shlex.quote(args.out)}")
+
+
+def tell(what: str, rows: Iterable[str], n: int) -> None:
+    """A line on the rows that are so, where there are any, with the first of them."""
+    if n:
+        print(f"{what}, {n:,}: {', '.join(islice(rows, SHOWN))}{', ...' if n > SHOWN else ''}")
 
 
 def total(fate: Any, good: str, held: str | None) -> str:

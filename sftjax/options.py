@@ -204,7 +204,7 @@ def build_parser() -> Parser:
 
 
 def data_options(p: argparse.ArgumentParser, verb: Callable[..., argparse.ArgumentParser], config: Callable[..., None]) -> None:
-    whats = p.add_subparsers(dest="what", metavar="WHAT", title="what to do, each with a --help of its own")
+    whats = p.add_subparsers(dest="what", prog="sftjax data", metavar="WHAT", title="what to do, each with a --help of its own")
     for name, (needs, help) in DATA.items():
         w = verb(f"data {name}", needs, help, whats)
         w.add_argument("--data", metavar="FILE", help="a path, glob, directory or hub id, in any format that training reads")

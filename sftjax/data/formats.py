@@ -139,6 +139,8 @@ def labels(data: Any, most: int, what_for: str) -> tuple[str, ...]:
         if layout is None or layout.format != "label":
             continue
         for _, _, row in rows:
+            if not isinstance(row := as_row(row), dict):
+                continue
             try:
                 found.add(label_of(Row(row, layout.columns)))
             except RowError:
@@ -172,7 +174,7 @@ def to_examples(row: Any, layout: Layout | None, wishes: Wishes, *, source: str,
     layout = layout.of(row)
     refuse_media({key: held for key, held in row.items() if key not in layout.columns.values()}, "")
     held = Row(row, layout.columns)
-    tags = tags_of(held, layout.tagged)
+    tags = tags_of(held, "tags" in layout.given)
     if build := preferences.BUILD.get(layout.format):
         return [Example(source, line, tags=tags, **fields) for fields in build(held, wishes)]
     columns = {name: value for name, value in row.items() if name not in asking(layout)} if wishes.asks else None

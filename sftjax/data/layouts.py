@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sftjax.config import UserError
+from sftjax.data.example import RowError
 
 # format -> the columns it must have
 NEEDS = {
@@ -88,28 +89,39 @@ ALIASES = {
     "message_tree_id": ("message_id",),
 }
 CANONICAL = tuple(dict.fromkeys(name for format in NEEDS for name in NEEDS[format] + MAY[format]))
+BLANK: tuple[Any, ...] = (None, "", [])
 KNOWN = frozenset(CANONICAL).union(*ALIASES.values())
 PREFERENCES = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("answers", "ranks"), ("answers", "scores"))
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the rows of one source are read: the format, and the file's name for each of its columns. `tagged`: the config says
-    which holds the tags."""
+    """How the rows of one source are read: the format, and the file's name for each of its columns, of which the config gave
+    those of `given`."""
 
     format: str
     columns: Mapping[str, str]
-    tagged: bool = False
+    given: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         renamed = [f"{own} as {name}" for name, own in self.columns.items() if own != name]
         return f"{self.format} ({', '.join(renamed)})" if renamed else self.format
 
     def of(self, row: Mapping[str, Any]) -> Layout:
-        """With the columns that may be there and come first in this row: a source's first rows may lack them all."""
+        """As this row has it, which the source's first rows may not show: with the columns that come first in it, and those that
+        it has under another of their usual names. Raises RowError where it has one under two of them."""
         fresh = [name for name in row if name in KNOWN and name not in self.columns.values()]
-        found = _fit(self.format, fresh, self.columns) if fresh else None
-        return replace(self, columns=found) if found else self
+        if not fresh:
+            return self
+        columns = dict(self.columns)
+        for name, own in self.columns.items():
+            if name in self.given:
+                continue
+            if own not in row:
+                columns[name] = next((usual for usual in (name, *ALIASES.get(name, ())) if usual in fresh), own)
+            elif name in fresh and own != name and row[name] not in BLANK and row[own] not in BLANK:
+                raise RowError(name, f"stands beside {own}, which rows before have in its place; rename one of the two")
+        return replace(self, columns=_fit(self.format, fresh, columns) or columns)
 
 
 def detect(
@@ -135,7 +147,7 @@ def detect(
         raise UserError(f"{source}: --config.data.format={format} has no {WANTED[want]}, which this task learns from")
     for candidate in FORMATS[want] if format == "auto" else (format,):
         if found := _fit(candidate, seen, columns):
-            return Layout(candidate, found, "tags" in columns)
+            return Layout(candidate, found, frozenset(columns))
     raise UserError(_unknown(source, seen, format, columns, want))
 
 
@@ -162,10 +174,9 @@ def of_another(row: Any, layout: Layout | None, want: str) -> str:
     """What to add to the reason of a rejected row that has nothing of its source's format and all of another's; else nothing."""
     if layout is None or not isinstance(row, dict):
         return ""
-    blank: tuple[Any, ...] = (None, "", [])
-    if any(pick(row, layout.columns[name]) not in blank for name in NEEDS[layout.format]):
+    if any(pick(row, layout.columns[name]) not in BLANK for name in NEEDS[layout.format]):
         return ""
-    seen = [name for name, held in row.items() if held not in blank]
+    seen = [name for name, held in row.items() if held not in BLANK]
     other = next((format for format in FORMATS[want] if format != layout.format and _fit(format, seen, {})), None)
     mend = "give each format a file of its own, --config.data.train=A,B"
     return f"; by its columns it is {other}, and the source is read as {layout.format}: {mend}" if other else ""

@@ -128,17 +128,24 @@ def json_lines(out: str, *, force: bool) -> Path:
 
 
 def json_line(row: Any) -> str:
-    """`row` as a line. What JSON has no word for is its text, and a number that is none is null."""
+    """`row` as a line. What JSON has no word for, a date or a decimal, is its text, and a number that is none is null. Raises
+    UserError for bytes, which have none."""
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_worded) + "\n"
     except ValueError:
-        return json_line(_finite(row))
+        return json.dumps(_finite(row), ensure_ascii=False, default=_worded) + "\n"
+
+
+def _worded(held: Any) -> str:
+    if isinstance(held, bytes):
+        raise UserError(f"a row holds bytes ({held[:8]!r}...), which JSON lines have no form for; take out that column first")
+    return str(held)
 
 
 def _finite(held: Any) -> Any:
     if isinstance(held, dict):
         return {key: _finite(inner) for key, inner in held.items()}
-    if isinstance(held, list):
+    if isinstance(held, (list, tuple)):
         return [_finite(inner) for inner in held]
     return None if isinstance(held, float) and not math.isfinite(held) else held
 

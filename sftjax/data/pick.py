@@ -35,20 +35,20 @@ def clean(
     want: str = "any",
     force: bool = False,
     say: Say = print,
-) -> tuple[Survey, np.ndarray]:
+) -> tuple[Survey, np.ndarray, Survey | None]:
     """Writes the good rows of `spec`, by the words of data/survey.py, to the JSON lines `out`; `held` names a held-out file.
 
-    `config` is a whole config, which says how rows are read; None is the defaults. Returns the survey and the fate of every row.
+    `config` is a whole config, which says how rows are read; None is the defaults. Returns what survey.sift does.
     """
     data, target = (config or default()).data, json_lines(out, force=force)
     one_layout(spec, data, want)
-    found, fate, _ = sift(spec, held, data, say, want)
+    found, fate, other = sift(spec, held, data, say, want)
     if not (fate == GOOD).any():
         reasons = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in tally(fate).items() if n)
         raise UserError(f"no row is good, so there is none to write ({reasons}); sftjax data check says which are what")
     with whole(target) as file:
         file.writelines(line for line, of in zip(lines(spec, data, want), fate.tolist()) if of == GOOD)
-    return found, fate
+    return found, fate, other
 
 
 def tally(fate: np.ndarray) -> dict[str, int]:
@@ -142,7 +142,7 @@ def lines(spec: Any, data: ConfigDict, want: str) -> Iterator[str]:
 def folder(out: str, names: list[str], *, force: bool) -> Iterator[Path]:
     """A directory to write some of `names` in, which takes the place of `out` when the block ends well and vanishes when it does
     not. Raises UserError where `out` has such files already, unless `force`, or others."""
-    target = Path(out).expanduser().absolute()
+    target = Path(out).expanduser().resolve()
     held = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if target.is_file() or held - {*names}:
         what = "a file" if target.is_file() else "a directory with other files"

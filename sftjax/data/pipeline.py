@@ -101,8 +101,9 @@ def build(config: ConfigDict, chat: Chat, *, say: Say = print, want: str | None 
         report[name] = {"rows": len(rows), "tokens": int(rows.lengths.sum()), "trained_tokens": int(rows.trained.sum())}
     report["sources"] = [
         {"path": o.source.path, "weight": o.source.weight, "rows": len(o.store)}
+        | {"on_hub": kind(o.files[0]) is None, "held_out": i >= training}
         | {"sha256": o.digest, "tokens_sha256": o.store.tokens_sha256, "rows_sha256": o.store.rows_sha256}
-        for o in opened
+        for i, o in enumerate(opened)
     ]
     report["template_sha256"] = sha256(chat.template or "")
     report["tokenizer_sha256"] = sha256(tokenizer_text(chat.tokenizer))

@@ -4,7 +4,8 @@
 
 bad       cannot be used
 equals    a preference between answers that are equally good or the same, which training drops
-held_out  of the others, what a held-out file has too: the same row, or the same prompt of preferences and of rows that only ask
+held_out  of the others, what a held-out file has too: the same row, or the same question where one of the two is a preference or
+          only asks
 again     of those that are left, what an earlier row says word for word, whatever its loss weights and tags
 """
 
@@ -20,18 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from sftjax.data.encode import keys, prompt_key
-from sftjax.data.example import Answer, Example
+from sftjax.data.cache import content_key
+from sftjax.data.encode import keys
+from sftjax.data.example import Answer, Example, Message
 from sftjax.data.formats import SHOWN, Rejected, counted, read_rows
 from sftjax.data.pairs import sides
 
 GOOD, BAD, EQUALS, HELD_OUT, AGAIN = range(5)
 FATES = ("good", "bad", "equals", "held_out", "again")
-# a row of a file; and what it says, of a tree each of its rankings: numbered as that row, and hashes of all of it, of what it is
-# known by where rows are split, of what they are split by, and of the question that an answer is to (0: there is none)
+# a row of a file; and what it says, of a tree each of its rankings: numbered as that row, hashes of all of it, of what it is
+# known by where rows are split, of what they are split by, of its question (0: there is none), and whether that has one answer
 ROW = np.dtype([("file", "<i4"), ("line", "<i8"), ("fate", "<i1"), ("silent", "?")])
-SAID = np.dtype([("row", "<i8"), ("whole", "<u8"), ("key", "<u8"), ("prompt", "<u8"), ("asked", "<u8")])
-PACK_ROW, PACK_SAID = Struct("<iqb?").pack, Struct("<qQQQQ").pack  # the same, of plain numbers
+SAID = np.dtype([("row", "<i8"), ("whole", "<u8"), ("key", "<u8"), ("prompt", "<u8"), ("asked", "<u8"), ("answered", "?")])
+PACK_ROW, PACK_SAID = Struct("<iqb?").pack, Struct("<qQQQQ?").pack  # the same, of plain numbers
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,26 @@ def survey(spec: Any, data: Any, say: Callable[[str], None] | None = None, want:
     return Survey(list(files), np.frombuffer(rows, ROW), np.frombuffer(said, SAID), formats, roles, bad)
 
 
-def hashes(example: Example) -> tuple[int, int, int, int]:
-    """The last four numbers of SAID."""
+def hashes(example: Example) -> tuple[int, int, int, int, bool]:
+    """What SAID has but for the row's number."""
     asks = example.columns is not None
     key, prompt = keys(example, asks)
     whole = key
     if asks:  # one prompt with two right answers beside it is two rows
         text = json.dumps([key, example.columns], sort_keys=True, default=str)
         whole = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-    alone = example.answers is None and example.text is None
-    return whole, key, prompt, prompt_key(example) if alone else 0
+    answered = example.answers is None and example.text is None and not asks
+    return whole, key, prompt, question_key(example), answered
+
+
+def question_key(example: Example) -> int:
+    """64 bits of a hash of what the row asks, as turns or as raw text; 0 for plain text."""
+    if example.text is not None and example.answers is None and example.columns is None:
+        return 0
+    raw = example.completion[0] if example.completion else example.text
+    turns = (example.messages or ()) if example.answers is not None else example.asked()
+    turns = turns if raw is None else (Message("user", raw),)
+    return content_key(Example("", 0, turns, tools=example.tools))
 
 
 def tells(example: Example) -> bool:
@@ -104,7 +116,10 @@ def fates(survey: Survey, held: Survey | None = None) -> np.ndarray:
     """The fate of every row, int8 [rows]; `held` are held-out rows."""
     fate, said = survey.rows["fate"].copy(), survey.said
     if held is not None:
-        both = said["row"][np.isin(said["prompt"], held.said["prompt"])]
+        other, asks = held.said, said["asked"] > 0
+        same = np.isin(said["prompt"], other["prompt"]) | (asks & np.isin(said["asked"], other["asked"][~other["answered"]]))
+        same |= asks & ~said["answered"] & np.isin(said["asked"], other["asked"])
+        both = said["row"][same]
         fate[both[fate[both] == GOOD]] = HELD_OUT
     said = said[fate[said["row"]] == GOOD]
     fresh = np.zeros(len(fate), bool)
@@ -124,7 +139,7 @@ def earlier(survey: Survey, fate: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def disputed(survey: Survey, fate: np.ndarray) -> list[np.ndarray]:
     """The rows of each question that has several answers, which are not compared; questions in order of their first rows."""
-    said = survey.said[(fate[survey.said["row"]] == GOOD) & (survey.said["asked"] > 0)]
+    said = survey.said[(fate[survey.said["row"]] == GOOD) & survey.said["answered"]]
     _, same, counts = np.unique(said["asked"], return_inverse=True, return_counts=True)
     said = said[counts[same] > 1]
     order = np.argsort(said["asked"], kind="stable")
@@ -135,4 +150,4 @@ def disputed(survey: Survey, fate: np.ndarray) -> list[np.ndarray]:
 def asked_too(survey: Survey, fate: np.ndarray, held: Survey) -> np.ndarray:
     """The good rows with a held-out question and another answer."""
     said = survey.said
-    return np.unique(said["row"][(fate[said["row"]] == GOOD) & (said["asked"] > 0) & np.isin(said["asked"], held.said["asked"])])
+    return np.unique(said["row"][(fate[said["row"]] == GOOD) & said["answered"] & np.isin(said["asked"], held.said["asked"])])

@@ -84,9 +84,9 @@ def modelfile(chat: Chat, *, stop_ids: Sequence[int], sampling: Mapping[str, Any
     if system is not None:
         lines.append(f"SYSTEM {quoted(system)}")
     stops = (chat.tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in stop_ids)
-    lines += [f"PARAMETER stop {quoted(stop)}" for stop in dict.fromkeys(stops)]
+    lines += [f"PARAMETER stop {quoted(stop)}" for stop in dict.fromkeys(stops) if stop]  # a padded vocabulary's ids have no text
     if sampling.get("do_sample"):
-        lines += [f"PARAMETER {name} {x:g}" for key, name in SAMPLING.items() if isinstance(x := sampling.get(key), int | float)]
+        lines += [f"PARAMETER {name} {x}" for key, name in SAMPLING.items() if isinstance(x := sampling.get(key), int | float)]
     return Modelfile("\n".join(lines) + "\n", bos, unlike)
 
 

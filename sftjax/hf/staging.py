@@ -22,7 +22,7 @@ from pathlib import Path
 from sftjax.config import UserError
 
 DAY = 24 * 60 * 60
-MARK = "sftjax_export.json"  # says that a directory is ours to replace, and what it was made from
+MARK = "sftjax_export.json"  # says that a directory is ours to replace
 
 
 @contextmanager
@@ -31,8 +31,8 @@ def staged(out: str | Path, source: str | Path) -> Iterator[Path]:
 
     `out` may be absent, empty, or an earlier export; anything else is refused with a UserError.
     """
-    out = Path(out).expanduser().absolute()
-    if out.resolve() == Path(source).resolve():
+    out = Path(out).expanduser().resolve()
+    if out == Path(source).resolve():
         raise UserError(f"{out}: is the model the run started from; choose another directory for the export")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MARK).is_file())):
         raise UserError(f"{out}: exists and is not an export of sftjax; remove it or choose another directory")
@@ -40,7 +40,7 @@ def staged(out: str | Path, source: str | Path) -> Iterator[Path]:
     try:
         tmp.mkdir(parents=True)
         yield tmp
-        (tmp / MARK).write_text(json.dumps({"sftjax": version("sftjax"), "source": str(source)}) + "\n")
+        (tmp / MARK).write_text(json.dumps({"sftjax": version("sftjax")}) + "\n")
         swap(tmp, out)
     except OSError as e:
         place = f", {e.filename}" if e.filename and not Path(e.filename).is_relative_to(tmp) else ""

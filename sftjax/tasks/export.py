@@ -92,7 +92,7 @@ def export(
         params = over(params, start.headed(load_params(start.directory, start.source_config))[0])
 
     def beside(directory: Path) -> None:
-        put_card(card(workdir, out.resolve().name, form, step), directory)
+        put_card(card(workdir, out.resolve().name, form, step, measured=base != "original"), directory)
         if asked:
             put(asked, directory)
 

@@ -312,6 +312,37 @@ def test_a_column_that_comes_late_is_read_as_one_that_was_there_from_the_first(l
     assert replace(late, line=1) == first
 
 
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ({"messages": [Q, A], "system": "s", "tools": [TOOL]}, {"messages": [Q, A], "system_prompt": "s", "functions": [TOOL]}),
+        ({"messages": [Q, A], "system_prompt": "s"}, {"messages": [Q, A], "system": "s"}),
+        ({"question": "q", "answer": "a"}, {"query": "q", "response": "a"}),
+    ],
+)
+def test_a_row_with_another_usual_name_for_a_column_says_the_same(load, first, later):
+    here, there = load(*[first] * 100, later)[-2:]
+    assert isinstance(there, Example) and replace(there, line=here.line) == here
+
+
+def test_a_row_with_two_names_for_one_column_is_refused_where_the_better_one_comes_late(load):
+    *_, bad = load(*[{"input": "q", "output": "a"}] * 100, {"instruction": "Translate", "input": "q", "output": "a"})
+    assert isinstance(bad, Rejected)
+    assert (bad.field, bad.line, bad.reason.split(",")[0]) == ("instruction", 101, "stands beside input")
+    given = {"instruction": "input", "output": "output"}  # the config knows better
+    *_, good = load(*[{"input": "q", "output": "a"}] * 100, {"instruction": "x", "input": "q", "output": "a"}, columns=given)
+    assert isinstance(good, Example)
+
+
+def test_a_row_that_is_none_has_no_label(load):
+    prompt = "{text} ({labels})"
+    found = load(data="text,label\nx,1\ny,2,3\nz,2\n", name="a.csv", label_prompt=prompt)
+    assert [isinstance(row, Rejected) for row in found] == [False, True, False]
+    assert found[0].messages[0].content == "x (1, 2)"
+    found = load(data='[{"text": "x", "label": "1"}, "bare"]', name="a.json", label_prompt=prompt)
+    assert [isinstance(row, Rejected) for row in found] == [False, True]
+
+
 def test_how_a_source_was_understood_is_said(load):
     said: list[str] = []
     load({"question": "q", "answer": "a"}, say=said.append)

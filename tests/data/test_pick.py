@@ -48,6 +48,26 @@ def test_every_row_has_one_fate_and_the_first_of_those_that_say_the_same_is_good
     assert [(bad.line, bad.field) for bad in found.bad] == [(4, "answer")]
 
 
+TURN = {"role": "user", "content": "q1"}
+ASKS = {  # one question in every kind of row
+    "answered": {"messages": [TURN, {"role": "assistant", "content": "a"}]},
+    "answered, raw": {"prompt": "q1", "completion": "b"},
+    "asked": {"question": "q1"},
+    "compared": {"prompt": [TURN], "chosen": [{"role": "assistant", "content": "c"}], "rejected": "d"},
+    "compared, raw": {"prompt": "q1", "chosen": "e", "rejected": "f"},
+    "judged": {"prompt": "q1", "completion": "g", "label": True},
+}
+
+
+@pytest.mark.parametrize("mine", ASKS)
+@pytest.mark.parametrize("other", ASKS)
+def test_a_held_out_question_is_one_in_rows_of_any_kind(tmp_path, mine, other):
+    found, fate, held_out = look(tmp_path, [ASKS[mine]], [ASKS[other]])
+    answers = mine.startswith("answered") and other.startswith("answered")  # whose answers may well differ
+    assert fate.tolist() == [0 if answers and mine != other else 3]
+    assert len(asked_too(found, fate, held_out)) == (answers and mine != other)
+
+
 def test_held_out_rows_that_cannot_be_used_are_told(tmp_path):
     spec, other = (
         write(tmp_path / name, rows) for name, rows in (("1.jsonl", [row(1)]), ("2.jsonl", [row(1), {"question": "q"}]))
@@ -103,6 +123,30 @@ def test_what_is_clean_is_the_good_rows_as_they_stood_and_is_clean(tmp_path):
     with pytest.raises(UserError, match=r"no row is good, so there is none to write \(1 bad, 4 held out\)"):
         clean(path, str(tmp_path / "no.jsonl"), held=path, **QUIET)
     assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_what_json_has_no_word_for(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def parquet(name, of):
+        pq.write_table(pa.table({"question": ["q"], "answer": ["a"], "more": of}), tmp_path / name)
+        return str(tmp_path / name), str(tmp_path / "out.jsonl")
+
+    scores = pa.array([[("x", float("nan")), ("y", 1.0)]], pa.map_(pa.string(), pa.float64()))
+    clean(*parquet("map.parquet", scores), **QUIET)
+    assert held(tmp_path / "out.jsonl")[0]["more"] == [["x", None], ["y", 1.0]]
+    with pytest.raises(UserError, match="a row holds bytes"):
+        clean(*parquet("bytes.parquet", pa.array([b"\xff"])), force=True, **QUIET)
+    assert held(tmp_path / "out.jsonl")[0]["more"] == [["x", None], ["y", 1.0]]
+
+
+def test_a_link_to_a_directory_stays_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    split(write(tmp_path / "rows.jsonl", [row(i) for i in range(30)]), str(tmp_path / "link"), **QUIET)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "train.jsonl").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "rows.jsonl"]
 
 
 TASKS = [

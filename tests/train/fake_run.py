@@ -65,7 +65,9 @@ def fake_manifest(config: dict, lengths: list[int], hostile: str) -> dict:
             "train": {"rows": 4100, "tokens": 512345, "trained_tokens": 171022},
             "eval": {"rows": 512, "tokens": 63901, "trained_tokens": 21377},
             "test": {"rows": 513, "tokens": 64012, "trained_tokens": 21401},
-            "sources": [{"path": "data/reviews.jsonl" + hostile, "weight": 1.0, "rows": 5194, "sha256": "9f2c" * 16}],
+            "sources": [
+                {"path": "data/reviews.jsonl" + hostile, "weight": 1.0, "rows": 5194, "sha256": "9f2c" * 16, "on_hub": False}
+            ],
             "lengths": length_histogram(lengths, trained),
         },
     }
