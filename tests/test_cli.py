@@ -148,6 +148,8 @@ def test_rows_are_checked_cleaned_split_selected_and_converted(sftjax, mistake, 
     assert mistake("data", "check", "--data=all.jsonl", "--config.task=spp").startswith("--config.task=spp: needs one of sft")
     assert "no format with pairs" in mistake("data", "check", "--data=all.jsonl", "--config.task=dpo")
     assert mistake("data", "select", "--data=all.jsonl", "--out=few.jsonl", "--rows=0").startswith("--rows=0: needs a number")
+    code, _, err = sftjax("data", "select", "--data=x", "--rows=y")
+    assert (code, err) == (1, "sftjax data select: argument --rows: invalid int value: 'y'; see sftjax data select --help\n")
     assert mistake("data", "check", "--data=x", "--held=y").endswith("did you mean --held-out?; see sftjax data check --help")
 
 

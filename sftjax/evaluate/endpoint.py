@@ -259,7 +259,8 @@ class Endpoint:
         """The Reply in a response's JSON. Raises Refusal where it is none."""
         try:
             choice, usage = held["choices"][0], held.get("usage") or {}
-            text = choice["message"].get("content") or ""
+            said = choice["message"]  # a thought that was cut off is all there is, as of a model here
+            text = said.get("content") or said.get("reasoning_content") or said.get("reasoning") or ""
             ended = choice.get("finish_reason") != "length"
             return Reply(without_thought(str(text)), ended, usage.get("prompt_tokens"), usage.get("completion_tokens"), took)
         except (KeyError, IndexError, TypeError, AttributeError):

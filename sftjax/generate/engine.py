@@ -238,7 +238,7 @@ class Answer:
         if self.writer and new and self.writer.stop_strings:
             self.writer.add(new)
             if self.writer.stopped:
-                self.stopped, self.ids = True, self.writer.ids
+                self.stopped, self.ids, self.stop_id = True, self.writer.ids, None
         return self.stopped
 
     def generated(self) -> Generated:

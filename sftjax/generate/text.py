@@ -31,6 +31,7 @@ class Writer:
         self.settled, self.fixed = 0, ""  # so many ids have this text; the others' is read after `context`, from `beyond` on
         self.ids: list[int] = []
         self.text = ""  # of all ids, up to a stop string
+        self.sure = 0  # characters of it that nothing to come can change
         self.stopped = False  # at a stop string
 
     def add(self, ids: Sequence[int]) -> None:
@@ -43,16 +44,18 @@ class Writer:
             self.stopped, self.text = True, self.text[: min(found)[1]]  # the first to end, however many tokens come at a time
             while self.ids and not self.text.startswith(self._text(self.ids)):
                 self.ids.pop()
-        elif self.splits and new and not new.endswith("\ufffd"):
-            last = self.ids[-1]
-            alone = self._decode([last])
-            if alone and not self.tokenizer.convert_ids_to_tokens(last).startswith("<0x"):
-                self.settled, self.fixed, self.context, self.beyond = len(self.ids), self.text, [last], len(alone)
+        elif ids and (alone := self._decode(self.ids[-1:])) and not self._is_byte(self.ids[-1]):
+            self.sure = len(self.text.rstrip("\ufffd"))
+            if self.splits and new and not new.endswith("\ufffd"):
+                self.settled, self.fixed, self.context, self.beyond = len(self.ids), self.text, self.ids[-1:], len(alone)
 
     @property
     def shown(self) -> str:
-        """The text without an unfinished character or the beginnings of a stop string at its end."""
-        return self.text if self.stopped else without_beginning(self.text.rstrip("\ufffd"), self.stop_strings)
+        """The text without an unfinished character, a run of bytes or the beginnings of a stop string at its end."""
+        return self.text if self.stopped else without_beginning(self.text[: self.sure], self.stop_strings)
+
+    def _is_byte(self, token: int) -> bool:
+        return (self.tokenizer.convert_ids_to_tokens(token) or "").startswith("<0x")
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._decode([*self.before, *ids])[self.skip :]
@@ -63,7 +66,7 @@ class Writer:
 
 def without_beginning(text: str, words: Iterable[str]) -> str:
     """`text` up to where one of `words` may have begun at its end."""
-    starts = (word[:n] for word in words for n in range(len(word) - 1, 0, -1))
+    starts = (word[:n] for word in words for n in range(min(len(word) - 1, len(text)), 0, -1))
     return text[: len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)]
 
 

@@ -23,8 +23,9 @@ from sftjax.generate.sampling import Sampling, choose
 MOST = 128  # answers to one prompt, and alternatives to one token
 TOGETHER = 1024  # answers to one request
 LARGEST = 1e6  # of numbers
+LONGEST = 1000  # characters of a stop string
 SET_HERE = {  # what templates are rendered with, or what calls it, by these names
-    *("messages", "tools", "generate", "chat", "turns", "where", "conversations", "documents", "chat_template"),
+    *("self", "messages", "tools", "generate", "chat", "turns", "where", "conversations", "documents", "chat_template"),
     *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
 }
 SHORT = 16  # tokens of a completion that names no number, as in the API
@@ -151,6 +152,8 @@ class Desk:
         stop = (stop,) if isinstance(stop, str) else stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) for text in stop):
             raise Refused("stop: needs a text or a list of texts", "stop")
+        if max(map(len, stop), default=0) > LONGEST:  # its beginnings are looked for at the end of every piece
+            raise Refused(f"stop: needs texts of {LONGEST:,} characters at most", "stop")
         options = body.get("stream_options") or {}
         if not isinstance(options, dict):
             raise Refused("stream_options: needs an object", "stream_options")

@@ -82,7 +82,8 @@ def chat_logprobs(tokenizer: Any, ids: Sequence[int], scored: Scored) -> dict[st
 def token_text(tokenizer: Any, token: int) -> str:
     """A token's own text; decoding alone would take the first space from those of Llama 2's kind."""
     text = tokenizer.decode([token])
-    return " " + text if tokenizer.convert_ids_to_tokens(token).startswith("\u2581") and not text.startswith(" ") else text
+    piece = tokenizer.convert_ids_to_tokens(token) or ""  # none of a padded vocabulary's
+    return " " + text if piece.startswith("\u2581") and not text.startswith(" ") else text
 
 
 def token_bytes(tokenizer: Any, token: int) -> list[int] | None:

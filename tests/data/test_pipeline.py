@@ -190,6 +190,7 @@ def test_held_out_files_are_used_whole_and_leaks_are_told(tmp_path):
     said = []
     got = run(c, said)
     assert (len(got.train), len(got.eval), len(got.test)) == (20, 7, 0)
+    assert [(source["held_out"], source["on_hub"]) for source in got.report["sources"]] == [(False, False), (True, False)]
     assert got.report["eval_rows_in_train"] == 2 and any("data.train also holds 2 rows of data.eval" in line for line in said)
 
 

@@ -16,8 +16,9 @@ from sftjax.config import UserError
 from sftjax.data.batch import Batch
 from sftjax.generate import flight as module
 from sftjax.generate import passes
-from sftjax.generate.engine import Engine
+from sftjax.generate.engine import Answer, Engine
 from sftjax.generate.sampling import choose
+from sftjax.generate.text import Writer
 from sftjax.hf.model import load
 from sftjax.models.config import Clamp, Experts, Rope
 from sftjax.models.decoder import Decoder
@@ -233,6 +234,9 @@ class Letters:
     def decode(self, ids, **_):
         return "".join(chr(97 + i // 16) + chr(65 + i % 16) for i in ids)
 
+    def convert_ids_to_tokens(self, i):
+        return self.decode([i])
+
 
 def test_stop_strings_are_cut_exactly_even_within_tokens():
     engine, letters = Engine(Decoder(CONFIG), PARAMS), Letters()
@@ -247,6 +251,11 @@ def test_stop_strings_are_cut_exactly_even_within_tokens():
         assert a.stopped == (where >= 0)
         assert a.text == (whole.text[:where] if a.stopped else whole.text)
         assert a.ids == whole.ids[: where // 2 if a.stopped else None]
+
+
+def test_what_a_stop_string_ends_no_token_ended():
+    answer = Answer(0, Writer(Letters(), [Letters().decode([3])]))
+    assert answer.add([1, 3, 2], frozenset({2})) and (answer.ids, answer.stop_id) == ([1], None)
 
 
 def test_a_stream_is_the_answer_alone(unequal):

@@ -31,6 +31,9 @@ class Letters:
     def decode(self, ids, **_):
         return "".join(chr(97 + i % 26) for i in ids)
 
+    def convert_ids_to_tokens(self, i):
+        return self.decode([i])
+
 
 def asked(i):
     """Request i: (prompt, options of Engine.each)."""

@@ -37,7 +37,7 @@ def made_of(pieces, decoder):
 
 
 def differs(tokenizer, rng, times):
-    """Whether tokens at random ever have another text than all at once."""
+    """Whether tokens at random ever have another text than all at once, or take back what was shown."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     rare = [i for i, token in enumerate(tokens) if token and (token.startswith("<") or len(token) == 1)]
     for _ in range(times):
@@ -45,13 +45,16 @@ def differs(tokenizer, rng, times):
         before, rest = drawn[: rng.randrange(6)], drawn[6:]
         stops = rng.sample(["END", "é", "a ", "  ", "a  a", "aéa"], 3)
         quick, slow = Writer(tokenizer, stops, before), Writer(tokenizer, stops, before)
-        slow.splits = False
+        slow.splits, shown = False, []
         while rest and not slow.stopped:
             new = [rest.pop() for _ in range(min(len(rest), rng.choice([1, 1, 2, 5])))]
             quick.add(new)
             slow.add(new)
             if (quick.text, quick.shown, quick.ids, quick.stopped) != (slow.text, slow.shown, slow.ids, slow.stopped):
                 return True
+            shown.append(quick.shown)
+        if splits(tokenizer) and not all(quick.text.startswith(text) for text in shown):
+            return True
     return False
 
 
@@ -79,6 +82,15 @@ def test_a_token_costs_the_same_wherever_it_comes(kind, monkeypatch):
     for i in ids:
         writer.add([i])
     assert max(read) < 9 and writer.text == tokenizer.decode(ids)
+
+
+def test_a_line_before_a_character_of_bytes_is_shown_once():
+    tokenizer = made_of([*METASPACE, "<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"], DECODERS["Gemma's"])
+    writer, shown = Writer(tokenizer), []
+    for piece in ("a", "<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "."):
+        writer.add([tokenizer.convert_tokens_to_ids(piece)])
+        shown.append(writer.shown)
+    assert shown == [*["a"] * 6, "a\n\U0001f600."] and writer.text == shown[-1]
 
 
 def test_what_is_stripped_at_the_end_is_read_whole():

@@ -188,13 +188,13 @@ def test_what_no_go_template_writes_is_told_or_refused():
 
 def test_a_modelfile_says_how_an_answer_ends_and_is_drawn(tmp_path):
     chat, _ = prepare(tokenizer(), "chatml")
-    drawn = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "min_p": None}
-    made = modelfile(chat, stop_ids=chat.stop_ids, sampling=drawn, system='Say "yes"\nor """no""" .')
+    drawn = {"do_sample": True, "temperature": 0.6, "top_k": 1000000, "top_p": 0.95, "repetition_penalty": 1.05, "min_p": None}
+    made = modelfile(chat, stop_ids=[*chat.stop_ids, 10**6], sampling=drawn, system='Say "yes"\nor """no""" .')
     found = commands(made.text)
     assert found[0] == ("FROM", "./model.gguf") and found[2] == ("SYSTEM", 'Say "yes"\nor """no""" .')
     assert found[3:5] == [("PARAMETER stop", "<|im_end|>"), ("PARAMETER stop", "</s>")]
     assert [f"{name} {x}" for name, x in found[5:]] == [
-        f"PARAMETER {each}" for each in ("temperature 0.6", "top_k 20", "top_p 0.95", "repeat_penalty 1.05")
+        f"PARAMETER {each}" for each in ("temperature 0.6", "top_k 1000000", "top_p 0.95", "repeat_penalty 1.05")
     ]
     assert commands(modelfile(chat, stop_ids=(), sampling=drawn | {"do_sample": False}).text)[2:] == []
     for system in ('"""\nx', "a\u00a0b"):

@@ -337,6 +337,8 @@ def test_the_harness_asks_it(toy, desk):
         ({"stream_options": 5}, "stream_options", "needs an object"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"stop": 0}, "stop", "list of texts"),
+        ({"stop": ["a", "x" * 1001]}, "stop", "1,000 characters at most"),
+        ({"chat_template_kwargs": {"self": 3}}, "chat_template_kwargs", "self is not for callers to set"),
         ({"tools": [TOOL]}, "tools", "writes no tools"),
         ({"tools": [3]}, "tools", "tools"),
     ],
@@ -382,6 +384,7 @@ def test_the_bytes_of_tokens_are_those_of_the_text(desk, shared):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         held = [byte for i in ids for byte in token_bytes(tokenizer, i)]
         assert bytes(held).decode().strip() == text.strip()
+        assert token_bytes(tokenizer, 10**6) == []  # a padded vocabulary has ids of no token
 
 
 def test_what_changes_nothing_is_taken(url):
