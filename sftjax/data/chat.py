@@ -9,6 +9,7 @@ message that counts has its characters found in that rendering (data/spans.py) a
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -90,18 +91,31 @@ class Chat:
 
     def said(self, text: str, ids: Sequence[int] | None = None) -> str:
         """What an answer says, without its thought and what else the template writes at an answer's head, which a tuned model
-        writes too. A thought that never ends is all there is.
+        writes too. A thought that never ends is all there is, and one that nothing has opened is none.
 
         `text` is what was generated as `ids`, whose special tokens it does not show; None of what a row says.
         """
         if ids is None:
-            return self.thought.split(text)[-1]
+            return self.thought.split(text)[-1] if self.thinks(text) else text
         raw = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not self.thought.search(raw):
+        if not self.thought.search(raw) or not self.thinks(raw):
             return text.removeprefix(next((head for head in self.heads if text.startswith(head)), ""))
         rest = self.special.sub("", self.thought.split(raw)[-1])
         at = text.rfind(rest)  # the text may go on, up to a stop string in the midst of a token
         return text[at:] if at >= 0 else rest
+
+    def thinks(self, raw: str) -> bool:
+        """Whether an answer may begin with a thought: with what opens one, or what follows one, or within one."""
+        return self.opened or raw.lstrip().startswith(tuple(self.openings))
+
+    @functools.cached_property
+    def opened(self) -> bool:
+        """Whether the prompt has opened a thought before an answer begins, or there is no template to say that it has not."""
+        try:
+            asked = self.render([Message("user", "a")], generate=True) if self.template else ""
+        except RowError:
+            return True
+        return not asked or asked.rstrip().endswith(tuple(opening for opening, thinks in self.openings.items() if thinks))
 
     def measure_openings(self) -> dict[str, bool]:
         """What an answer may begin with, or go on with where a thought of it ends: whether a thought follows."""

@@ -496,8 +496,13 @@ def test_what_an_answer_says():
     assert said("<think>\nFour or five") == "<think>\nFour or five"  # cut off: there is no other answer
     assert said("<think>\nhm\n</think>\n\n") == "" == said("")
     assert said("Four.") == "Four." and without_thought("[THINK]hm[/THINK]Four.") == "Four."
-    ids = chat.tokenise("a</think>Four. Fi")[0]
-    assert chat.said("a</think>Four. Five", ids) == "Four. Five"  # a stop string began within the last token
+    ids = chat.tokenise("<think>a</think>Four. Fi")[0]
+    assert chat.said("<think>a</think>Four. Five", ids) == "Four. Five"  # a stop string began within the last token
+    for plain in ("</think>", "It is <think>hm</think> that"):
+        told = f"The tag {plain} is a thought's."
+        assert said(told) == chat.said(told) == told
+    opening = Chat(tokenizer(), template=TEMPLATES["starts the thought in its prompt"][0])
+    assert opening.said("hm</think>Four.", opening.tokenise("hm</think>Four.")[0]) == "Four."
     base = Chat(tokenizer())
     assert base.said("a</think>b", base.tokenise("a</think>b")[0]) == "b"
 
