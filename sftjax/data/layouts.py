@@ -118,7 +118,8 @@ class Layout:
             if name in self.given:
                 continue
             if own not in row:
-                columns[name] = next((usual for usual in (name, *ALIASES.get(name, ())) if usual in fresh), own)
+                usual = (other for other in (name, *ALIASES.get(name, ())) if other in fresh and other not in columns.values())
+                columns[name] = next(usual, own)
             elif name in fresh and own != name and row[name] not in BLANK and row[own] not in BLANK:
                 raise RowError(name, f"stands beside {own}, which rows before have in its place; rename one of the two")
         return replace(self, columns=_fit(self.format, fresh, columns) or columns)

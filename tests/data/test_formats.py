@@ -318,6 +318,7 @@ def test_a_column_that_comes_late_is_read_as_one_that_was_there_from_the_first(l
         ({"messages": [Q, A], "system": "s", "tools": [TOOL]}, {"messages": [Q, A], "system_prompt": "s", "functions": [TOOL]}),
         ({"messages": [Q, A], "system_prompt": "s"}, {"messages": [Q, A], "system": "s"}),
         ({"question": "q", "answer": "a"}, {"query": "q", "response": "a"}),
+        ({"question": "q", "context": None, "answer": "a"}, {"input": "q", "answer": "a"}),
     ],
 )
 def test_a_row_with_another_usual_name_for_a_column_says_the_same(load, first, later):
