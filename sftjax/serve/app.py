@@ -152,9 +152,8 @@ def make_app(desk: Desk, live: Live, key: str | None, local: bool) -> Starlette:
     ]
     # a page elsewhere whose name leads here (DNS rebinding) is no caller of a local server
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(HERE))] if local else []
-    return Starlette(
-        routes=routes, middleware=guards, lifespan=lifespan, exception_handlers={404: no_such_path, 405: no_such_path}
-    )
+    told = {404: no_such_path, 405: no_such_path, 500: at_fault}
+    return Starlette(routes=routes, middleware=guards, lifespan=lifespan, exception_handlers=told)
 
 
 class Service:
@@ -336,6 +335,10 @@ async def no_such_path(request: requests.Request, e: Any) -> Response:
     there = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models"
     asked = f"{request.method} {request.url.path}"
     return refusal(Refused(f"{asked}: there is no such thing; there are {there}", status=e.status_code))
+
+
+async def at_fault(_: requests.Request, e: Any) -> Response:
+    return refusal(Refused("the server failed, and not the request; its log has the cause", status=500))
 
 
 def refusal(e: Refused) -> JSONResponse:

@@ -370,6 +370,15 @@ def test_bodies_that_are_refused(url, monkeypatch):
         assert found == status and json.loads(text)["error"]["type"] == "invalid_request_error"
 
 
+def test_a_fault_of_the_server_is_told_as_the_api_tells_errors(url, monkeypatch):
+    def broken(self, _):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(Desk, "chatted", broken)
+    status, said = send(url + "/chat/completions", {"messages": HI})
+    assert (status, json.loads(said)["error"]["type"]) == (500, "server_error") and "secret" not in said
+
+
 def test_large_numbers_harm_nobody(url):
     body = {"messages": HI, "max_tokens": 4, "seed": 1}
     assert ask(url, body | {"top_k": 2**40})["choices"] == ask(url, body)["choices"]
