@@ -120,10 +120,11 @@ def usable(spec: Any, data: ConfigDict, want: str, say: Say) -> Survey:
 
 def one_layout(spec: Any, data: ConfigDict, want: str) -> None:
     """Raises UserError where sources are read in different ways: their rows cannot stand in one file."""
-    found = layouts(spec, data, want)
-    first, layout = next(iter(found.items()), ("", None))
-    for path, other in found.items():
-        if other != layout:
+    found = [*layouts(spec, data, want).items()]
+    for path, other in found[1:]:
+        first, layout = found[0]
+        alike = all(other.columns.get(name, own) == own for name, own in layout.columns.items())  # some may lack what others have
+        if other.format != layout.format or not alike:
             raise UserError(
                 f"{first} is read as {layout} and {path} as {other}, and one file is read in one way; take one at a time, or "
                 "make one format of them first: sftjax data convert"

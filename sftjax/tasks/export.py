@@ -51,6 +51,7 @@ FORMS = {
     "freeze": ("hf", "ollama"),
     "adapter": ("sftjax",),
 }
+WHOLE = ("hf", "ollama")  # a merged checkpoint, as --to=hf writes it
 
 
 @hosts.by_first
@@ -183,7 +184,7 @@ def refuse_form(to: str, base: str | None, dtype: str | None, config: ConfigDict
     if base and config.model.quantize is None:
         raise UserError(f"--base={base}: the run's base was not quantised (model.quantize); leave --base out")
     if to != "vllm":  # what that becomes is known when the weights are
-        refuse_beside_adapter(to, "hf" if to == "ollama" else to, base, dtype)
+        refuse_beside_adapter(to, "hf" if to in WHOLE else to, base, dtype)
 
 
 def refuse_beside_adapter(to: str, form: str, base: str | None, dtype: str | None) -> None:
@@ -206,7 +207,7 @@ def served(
     say: Callable[[str], None],
 ) -> str:
     """The form that `to` takes: Ollama's is hf, and vLLM's where it would serve no such adapter, and `say` tells so."""
-    if to == "ollama":
+    if to in WHOLE:
         return "hf"
     if to != "vllm" or not (reasons := unserved(params, config, source, whole)):
         return to

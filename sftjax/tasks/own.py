@@ -29,7 +29,7 @@ from sftjax.hf.ollama import put
 from sftjax.hf.peft import save_adapter
 from sftjax.hf.save import save as save_whole
 from sftjax.hf.verify import score, verify
-from sftjax.tasks.export import FORMS, ollama, probe_rows
+from sftjax.tasks.export import FORMS, WHOLE, ollama, probe_rows
 from sftjax.weights import select
 from sftjax.weights.kinds import Kind
 from sftjax.weights.quantize import Int8, Nf4, Quantised, int8, nf4
@@ -119,7 +119,7 @@ def save(model: Model, out: str | Path, *, to: str = "hf", base: str | None = No
     forms = sorted({form for each in FORMS.values() for form in each})
     if to not in forms:
         raise UserError(f"to={to}: needs one of {', '.join(forms)}")
-    whole = to in ("hf", "ollama")
+    whole = to in WHOLE
     if whole and base:
         raise UserError(f"base={base}: a merged checkpoint has none; leave it out, or use to='peft'")
     rows = probe_rows(model.tokenizer, model.config.vocab, ())

@@ -33,7 +33,7 @@ def card(workdir: Path, name: str, form: str, step: int, *, measured: bool = Tru
     task, method, base = config["task"], config["method"], config["model.path"]
     data = manifest["data"]
     learnt_from = [source for source in data["sources"] if not source.get("held_out")]
-    adapter = f" with the adapter {called(config['model.adapter'])}" if config.get("model.adapter") else ""
+    adapter = f" with the adapter {called(config['model.adapter'])}" if config["model.adapter"] else ""
     metadata = ModelCardData(
         base_model=base if on_hub(base) else None,
         datasets=sorted({source["path"].split(":")[0] for source in learnt_from if source.get("on_hub")}) or None,
@@ -41,7 +41,7 @@ def card(workdir: Path, name: str, form: str, step: int, *, measured: bool = Tru
         pipeline_tag="text-classification" if manifest.get("labels") else "text-generation",
         tags=["sftjax", task, method],
     )
-    named = dict.fromkeys(f"`{s['path'] if s.get('on_hub') else Path(s['path']).name}`" for s in learnt_from)
+    named = dict.fromkeys(called(source["path"], source.get("on_hub")) for source in learnt_from)
     learnt = f"{data['train']['rows']:,} rows of {', '.join(named)}"
     told = {key: unplaced(value) if key in REWARDS else value for key, value in config.items() if key not in PLACES}
     versions = ", ".join(f"{package} {version}" for package, version in manifest["versions"].items())
@@ -93,9 +93,9 @@ def on_hub(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not kind(path) and not os.path.exists(path)
 
 
-def called(path: str) -> str:
-    """A hub id as it is, of anything else the last part."""
-    return f"`{path if on_hub(path) else Path(path).name}`"
+def called(path: str, hub: bool | None = None) -> str:
+    """A hub id as it is, of anything else the last part; None: by what lies there now."""
+    return f"`{path if (on_hub(path) if hub is None else hub) else Path(path).name}`"
 
 
 def cell(value: str) -> str:

@@ -125,6 +125,12 @@ def test_what_is_clean_is_the_good_rows_as_they_stood_and_is_clean(tmp_path):
     assert not (tmp_path / "no.jsonl").exists()
 
 
+def test_sources_that_differ_in_what_rows_may_lack_go_into_one_file(tmp_path):
+    spec = (write(tmp_path / "1.jsonl", [row(1)]), write(tmp_path / "2.jsonl", [row(2) | {"tags": "t"}]))
+    clean(spec, str(tmp_path / "out.jsonl"), **QUIET)
+    assert [example.tags for example in read_examples(str(tmp_path / "out.jsonl"), default().data)] == [(), ("t",)]
+
+
 def test_what_json_has_no_word_for(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -37,6 +37,18 @@ def test_no_key_sends_none_and_a_cut_answer_is_known():
     assert server.headers[0]["Authorization"] is None
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thought_that_was_cut_off_is_all_there_is_and_else_is_left_out(name):
+    def reply(body, headers):
+        status, more, held = said("Seven." if "hi" in str(body) else "", finish="length")
+        held["choices"][0]["message"] |= {name: "Hm."}
+        return status, more, held
+
+    with serving(reply) as server:
+        asked = Endpoint(server.url, "m")
+        assert [asked.ask(turns).text for turns in (HI, HI[:1])] == ["Seven.", "Hm."]
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_what_may_pass_is_tried_again(status):
     answers = iter([failing(status, "busy"), failing(status, "busy", {"Retry-After": "0"}), said("there")])
